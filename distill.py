@@ -1,0 +1,210 @@
+"""Phase 1, safety reasoning capability implantation: distil the reasoning of a teacher into the small model (arXiv 2511.06512).
+
+    python distill.py --model M_s --teacher M_t --prompts FILE --out DIR          traces from the teacher, cross-entropy + KL
+    python distill.py --model M_s --traces FILE --kl_weight 0 --out DIR           stored traces, cross-entropy (official objective)
+
+1. every prompt q has its safety categories c                       (records)
+2. (q, c, policy of c) -> M_t -> rejection sampling -> traces       (traces.rejection_sample, policies.accept_trace)
+3. SFT of M_s on (q, CoT, answer), the policy left out -> M_reason  (the loop below; losses.cross_entropy_sum, kl_divergence_sum)
+"""
+
+import random
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+from ease.batching import Example, batches, collate, encode_record, encode_records, preview
+from ease.judge import load_judge
+from ease.loading import (load_model, load_tokenizer, load_trainable, load_weights, pick_device, pick_dtype, save_model,
+                          save_weights)
+from ease.lora import merge_lora
+from ease.losses import cross_entropy_sum, kl_divergence_sum, sum_over_chunks
+from ease.model import CausalLM
+from ease.policies import load_policies, teacher_messages
+from ease.readers import read_named
+from ease.records import Record, UserError, write_jsonl, write_text
+from ease.run import (command_line, finish, is_done, learning_rate, load_state, log, make_optimizer, newest_first, open_run,
+                      optimizer_step, save_state, stage, stop_if_not_finite)
+from ease.tokenizer import Tokenizer
+from ease.traces import rejection_sample
+
+
+@dataclass
+class Config:
+    model: str  # M_s, the ORIGINAL small model (a Hugging Face folder)
+    out: str  # the run folder; the same command goes on with a stopped run
+    # data
+    teacher: str = ""  # M_t; with --prompts it writes the traces, with --traces it only gives the KL its distribution
+    prompts: str = ""  # phase-1 prompts with categories, for the teacher
+    traces: str = ""  # stored traces instead (records with reasoning and response, or STAR-1)
+    policies: str = ""  # JSON with the teacher's instruction and policy texts; default: policies.py
+    judge: str = "xstest"  # who says that a harmful prompt's answer is safe: a keyword list, target, or a guard model
+    max_traces: int = 0  # use at most this many stored traces, drawn by the seed (0 = all)
+    held_out: int = 0  # keep this many traces out of training and report their NLL before and after
+    # the teacher's sampling (official: T 0.7, top_p 1, 2048 new tokens)
+    attempts: int = 3  # samples a prompt before it is given up
+    temperature: float = 0.7  # of the teacher
+    top_p: float = 1.0  # of the teacher
+    max_new_tokens: int = 2048  # of a trace with its answer
+    slots: int = 64  # rows generated together
+    # the objective
+    kl_weight: float = 0.5  # (1 - w) CE + w KL; ours, the official objective is 0; needs a teacher with M_s's vocabulary
+    kl_temperature: float = 1.0  # tau of the teacher-trace KL
+    # training (official: full fine-tuning, lr 1e-5, 2 epochs, batch 32, weight decay 0.01, clip 1, warm-up 3%, cosine)
+    lora_rank: int = 16  # 0 = train all weights
+    lora_alpha: float = 32.0  # update scale = alpha / rank
+    lora_targets: list[str] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # layer names
+    lr: float = 2e-4  # peak; LoRA wants about 10x the rate of full fine-tuning
+    epochs: float = 2.0  # passes over the traces
+    steps: int = 0  # optimizer steps instead (0 = by epochs)
+    batch_size: int = 32  # rows of an optimizer step
+    batch_tokens: int = 8192  # padded tokens of a micro-batch; lower it when memory is short, the result stays the same
+    max_length: int = 8192  # longer rows are dropped whole and counted
+    weight_decay: float = 0.01  # of matrices, none on norms and biases
+    clip: float = 1.0  # of the gradient norm
+    warmup: float = 0.03  # share of the steps
+    save_every: int = 100  # steps between checkpoints
+    merged: bool = False  # also write out/model, a complete folder with the adapter merged
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of frozen weights; what is trained is float32
+    device: str = "auto"  # cuda if there is one, else cpu
+    seed: int = 0  # data order, adapter init, sampling
+
+
+def get_traces(cfg: Config, run: Path, teacher: CausalLM | None, tokenizer: Tokenizer | None, dtype, device) -> list[Record]:
+    """Steps 1 and 2: accepted traces, from the file or from the teacher. Rejected samples stand in rejected.jsonl."""
+    if cfg.traces:
+        traces = [r for r in read_named(cfg.traces) if r.reasoning and r.response]
+        if cfg.max_traces and cfg.max_traces + cfg.held_out < len(traces):
+            traces = random.Random(f"traces {cfg.seed}").sample(traces, cfg.max_traces + cfg.held_out)
+        print(f"{len(traces)} stored traces from {cfg.traces}")
+        return traces
+
+    def sample() -> list[Record]:
+        records = read_named(cfg.prompts)
+        accepted, rejected = rejection_sample(
+            teacher, tokenizer, load_judge(cfg.judge, dtype, device), records, load_policies(cfg.policies), cfg.attempts,
+            cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.seed, cfg.slots)
+        write_jsonl(run / "rejected.jsonl", rejected)
+        print(f"{len(accepted)} of {len(records)} prompts have an accepted trace; {len(rejected)} samples rejected: "
+              f"{dict(Counter(r['reason'] for r in rejected))}")
+        if not accepted:
+            raise UserError(f"no trace of teacher {cfg.teacher} was accepted; the reasons are in {run / 'rejected.jsonl'}")
+        return accepted
+
+    return stage(run / "traces.jsonl", sample)
+
+
+def teacher_view(cfg: Config, teacher: Tokenizer, records: dict[str, Record], examples: list[Example]) -> list[Example]:
+    """The same traces in the teacher's context (q, policy of c). Reasoning and answer must be the same ids on both sides."""
+    rules, out = load_policies(cfg.policies), []
+    for e in examples:
+        r = records[e.id]
+        view = encode_record(teacher, r, teacher_messages(r.prompt, r.categories, *rules))
+        own, theirs = ([i for i, b in zip(x.ids, x.body) if b] for x in (e, view))
+        if own != theirs:
+            raise UserError(f"the tokenizers of --model and --teacher differ (row {e.id}): no KL is defined; use --kl_weight 0")
+        out.append(view)
+    return out
+
+
+def losses(cfg: Config, model: CausalLM, batch, teacher: CausalLM | None, teacher_batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cross-entropy sum over all response tokens, KL sum over the trace's own tokens) of one micro-batch."""
+    hidden = model.hidden(batch.inputs)  # (B, T, D)
+    keep = batch.roles > 0
+    ce = sum_over_chunks(lambda h, y: cross_entropy_sum(model.logits(h), y), hidden[keep], batch.targets[keep])
+    if teacher is None:
+        return ce, torch.zeros((), device=hidden.device)
+    with torch.no_grad():
+        theirs = teacher.hidden(teacher_batch.inputs)[teacher_batch.body > 0]  # (N, D_t), the same N tokens in the same order
+    kl = sum_over_chunks(lambda h, z: kl_divergence_sum(teacher.logits(z), model.logits(h), cfg.kl_temperature),
+                         hidden[batch.body > 0], theirs)
+    return ce, kl
+
+
+@torch.no_grad()
+def mean_nll(model: CausalLM, examples: list[Example], device: str) -> float:
+    """Negative log-likelihood per response token, in nats, of traces that are not trained on."""
+    total = 0.0
+    for e in examples:
+        batch = collate([e], device)
+        keep = batch.roles > 0
+        total += cross_entropy_sum(model.logits(model.hidden(batch.inputs)[keep]), batch.targets[keep]).item()
+    return total / sum(e.supervised for e in examples)
+
+
+def main(cfg: Config) -> None:
+    run = Path(cfg.out)
+    if not cfg.traces and not (cfg.prompts and cfg.teacher):
+        raise UserError("give --traces FILE, or --teacher MODEL and --prompts FILE")
+    if cfg.kl_weight and not cfg.teacher:
+        raise UserError("--kl_weight above 0 needs a --teacher that shares the model's tokenizer; stored traces alone need --kl_weight 0")
+    if is_done(run):
+        return
+    started, device = time.time(), pick_device(cfg.device)
+    dtype = pick_dtype(cfg.dtype, device)
+    tokenizer = load_tokenizer(cfg.model)
+    model, base = load_trainable(cfg.model, "", cfg.lora_rank, cfg.lora_alpha, list(cfg.lora_targets), cfg.seed, dtype, device)
+    open_run(cfg, [p for p in (cfg.model, cfg.teacher, cfg.prompts, cfg.traces, cfg.policies) if p], device, str(dtype))
+    teacher, teacher_tokenizer = None, None
+    if cfg.teacher:
+        teacher, teacher_tokenizer = load_model(cfg.teacher, dtype=dtype, device=device), load_tokenizer(cfg.teacher)
+
+    records = get_traces(cfg, run, teacher, teacher_tokenizer, dtype, device)
+    write_jsonl(run / "held_out.jsonl", records[: cfg.held_out])
+    examples = encode_records(tokenizer, records[cfg.held_out :], cfg.max_length)
+    held_out = encode_records(tokenizer, records[: cfg.held_out], cfg.max_length) if cfg.held_out else []
+    write_jsonl(run / "trained_on.jsonl", records[cfg.held_out :])
+    write_text(run / "preview.txt", "\n".join(preview(tokenizer, e) for e in examples[:2]))
+    if not cfg.kl_weight:
+        teacher = None
+    views = teacher_view(cfg, teacher_tokenizer, {r.id: r for r in records}, examples) if teacher else examples
+
+    optimizer, start = make_optimizer(model, cfg.weight_decay), 0
+    lengths = [max(len(e.ids), len(v.ids)) for e, v in zip(examples, views)]
+    per_epoch = -(-len(examples) // cfg.batch_size)
+    steps = cfg.steps or max(1, round(cfg.epochs * per_epoch))
+    before = mean_nll(model, held_out, device) if held_out else None
+    if checkpoints := newest_first(run):
+        load_weights(model, checkpoints[0])
+        start = load_state(checkpoints[0], model, optimizer)
+
+    bar = tqdm(range(start, steps), desc="phase 1", initial=start, total=steps)
+    for step in bar:
+        epoch, position = divmod(step, per_epoch)
+        micro_batches = batches(lengths, cfg.batch_size, cfg.batch_tokens, cfg.seed, epoch)[position]
+        rows = [i for micro in micro_batches for i in micro]
+        n_ce = sum(examples[i].supervised for i in rows)
+        n_kl = max(1, sum(sum(examples[i].body) for i in rows))
+        ce_sum = kl_sum = 0.0
+        for micro in micro_batches:
+            batch = collate([examples[i] for i in micro], device)
+            teacher_batch = collate([views[i] for i in micro], device) if teacher else None
+            ce, kl = losses(cfg, model, batch, teacher, teacher_batch)
+            # sums, each divided once by its count over the whole step: micro-batches weigh every token alike
+            ((1 - cfg.kl_weight) * ce / n_ce + cfg.kl_weight * kl / n_kl).backward()
+            ce_sum, kl_sum = ce_sum + ce.item(), kl_sum + kl.item()
+        stop_if_not_finite(ce_sum + kl_sum, step, [examples[i].id for i in rows])
+        lr = learning_rate(step, steps, cfg.lr, cfg.warmup)
+        norm = optimizer_step(optimizer, lr, cfg.clip)
+        log(run, step=step, ce=ce_sum / n_ce, kl=kl_sum / n_kl, lr=lr, grad_norm=norm, tokens=n_ce)
+        bar.set_postfix(ce=f"{ce_sum / n_ce:.3f}", kl=f"{kl_sum / n_kl:.3f}")
+        if (step + 1) % cfg.save_every == 0 or step + 1 == steps:
+            save_state(run, step + 1, model, optimizer, lambda folder: save_weights(model, tokenizer, base, folder))
+
+    save_weights(model, tokenizer, base, run / ("adapter" if cfg.lora_rank else "model"))
+    if held_out:
+        after = mean_nll(model, held_out, device)
+        print(f"NLL per token on {len(held_out)} held-out traces: {before:.4f} before, {after:.4f} after")
+        log(run, held_out_nll_before=before, held_out_nll_after=after)
+    if cfg.merged and cfg.lora_rank:
+        save_model(merge_lora(model), tokenizer, run / "model")
+    finish(run, started, steps=steps, rows=len(examples))
+
+
+if __name__ == "__main__":
+    command_line(main, Config)

@@ -1,0 +1,131 @@
+"""Batched sampling with a static KV cache. A finished row's slot takes the next prompt at once.
+
+EASE mixes answers of 20 tokens with traces of 400: a static batch would make every direct answer wait for the longest trace.
+"""
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ease.model import CausalLM, KVCache
+
+
+@dataclass
+class Generation:
+    """One response. ids: without the stop token; finished: it stopped by itself; gate: g(q), nan without a marker."""
+
+    ids: list[int] = field(default_factory=list)
+    finished: bool = False
+    gate: float = float("nan")
+    seconds: float = 0.0  # this row's share of the steps it took part in
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) -> Tensor:
+    """Next tokens (n,) of logits (n, V): the greatest at temperature 0, else by inverse transform of uniform (n,) in [0, 1).
+
+    top_p keeps the smallest set of most likely tokens whose probability reaches it.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities, order = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)  # (n, V)
+    total = probabilities.cumsum(-1)
+    probabilities = probabilities.masked_fill(total - probabilities >= top_p, 0)  # the first token always stays
+    total = probabilities.cumsum(-1)
+    pick = torch.searchsorted(total, uniform[:, None] * total[:, -1:], right=True)  # (n, 1)
+    return order.gather(-1, pick.clamp(max=order.shape[-1] - 1))[:, 0]
+
+
+def row_uniforms(seed: int, row: int, count: int) -> Tensor:
+    """Uniform numbers (count,) of one row: a function of (seed, row), so a sampled row never depends on its batch."""
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + row))
+
+
+def prefill(model: CausalLM, cache: KVCache, rows: list[list[int]], slots: list[int], marker: list[int]) -> tuple[Tensor, Tensor]:
+    """Run prompts into their cache slots. Returns the next-token logits (n, V) and the gate probabilities (n,).
+
+    The marker's tokens run behind each prompt, which yields g(q) = prod_i p(m_i | q, m_<i) at no extra pass; their cache
+    positions lie beyond the prompt and are overwritten when generation reaches them.
+    """
+    device, m = model.device, len(marker)
+    T = max(map(len, rows)) + m
+    ids = torch.tensor([r + marker + [0] * (T - m - len(r)) for r in rows], device=device)  # (n, T)
+    positions = torch.arange(T, device=device).expand(len(rows), T)
+    hidden = model.hidden(ids, cache, torch.tensor(slots, device=device), positions, span=T)  # (n, T, D)
+    last = torch.tensor([len(r) - 1 for r in rows], device=device)  # (n,)
+    at = last[:, None] + torch.arange(max(m, 1), device=device)  # (n, max(m, 1)): the position that predicts marker token i
+    logits = model.logits(hidden[torch.arange(len(rows), device=device)[:, None], at]).float()  # (n, max(m, 1), V)
+    if not m:
+        return logits[:, 0], torch.full((len(rows),), float("nan"))
+    wanted = torch.tensor(marker, device=device).expand(len(rows), m)[..., None]
+    return logits[:, 0], logits.log_softmax(-1).gather(-1, wanted)[..., 0].sum(-1).exp().cpu()
+
+
+@torch.inference_mode()
+def generate(model: CausalLM, prompts: list[list[int]], max_new_tokens: int, stop_ids: frozenset[int], temperature: float = 0.0,
+             top_p: float = 1.0, seed: int = 0, marker: list[int] | None = None, slots: int = 64, progress: str = "") -> list[Generation]:
+    """Responses to prompts (token ids), in order. Greedy at temperature 0.
+
+    marker: the open marker's ids; with it every Generation carries its gate probability. slots: rows decoded together.
+    A slot is refilled as soon as a quarter of the slots are free (or none is busy), so that prefills stay batched.
+    """
+    out, marker, slots = [Generation() for _ in prompts], marker or [], min(slots, max(1, len(prompts)))
+    if not prompts:
+        return out
+    length = max(map(len, prompts)) + max(max_new_tokens, len(marker))
+    cache = KVCache(model.config, slots, length, next(model.parameters()).dtype, model.device)
+    waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))[::-1]  # popped from the end: the longest first
+    noise = torch.stack([row_uniforms(seed, i, max_new_tokens) for i in range(len(prompts))]) if temperature else None
+    busy: dict[int, int] = {}  # slot -> row
+    token = torch.zeros(slots, dtype=torch.long)  # the token each slot feeds next
+    bar = tqdm(total=len(prompts), desc=progress, unit="row", disable=not progress)
+    clock = time.perf_counter()
+
+    def take(rows: list[int], at: list[int], logits: Tensor) -> None:
+        """Sample one token for each row (in slot `at`); finish rows that stop or are full."""
+        uniform = noise[rows, [len(out[r].ids) for r in rows]].to(logits.device) if temperature else None
+        for row, slot, new in zip(rows, at, sample(logits, temperature, top_p, uniform).tolist()):
+            if new in stop_ids:
+                out[row].finished = True
+            else:
+                out[row].ids.append(new)
+                token[slot] = new
+            if out[row].finished or len(out[row].ids) >= max_new_tokens:
+                del busy[slot]
+                bar.update()
+
+    def charge(rows: list[int]) -> None:
+        """Share the time since the last step among the rows that took part in it."""
+        nonlocal clock
+        now = time.perf_counter()
+        for row in rows:
+            out[row].seconds += (now - clock) / len(rows)
+        clock = now
+
+    while waiting or busy:
+        free = [s for s in range(slots) if s not in busy]
+        if waiting and (not busy or len(free) * 4 >= slots):
+            filled = {slot: waiting.pop() for slot in free[: len(waiting)]}
+            busy |= filled
+            logits, gate = prefill(model, cache, [prompts[r] for r in filled.values()], list(filled), marker)
+            for row, g in zip(filled.values(), gate.tolist()):
+                out[row].gate = g
+            charge(list(filled.values()))
+            take(list(filled.values()), list(filled), logits)
+            continue
+        at, rows = list(busy), list(busy.values())
+        where = torch.tensor([len(prompts[r]) + len(out[r].ids) - 1 for r in rows], device=model.device)  # position of `token`
+        hidden = model.hidden(token[at].to(model.device)[:, None], cache, torch.tensor(at, device=model.device), where[:, None],
+                              span=int(where.max()) + 1)  # (n, 1, D)
+        logits = model.logits(hidden[:, -1])  # (n, V)
+        charge(rows)
+        take(rows, at, logits)
+    bar.close()
+    return out
+
+
+def gate_probability(model: CausalLM, prompts: list[list[int]], marker: list[int]) -> list[float]:
+    """g(q) = prod_i p(m_i | q, m_<i) for each prompt: the probability that the response opens with the marker."""
+    return [g.gate for g in generate(model, prompts, 1, frozenset(), marker=marker)]

@@ -1,0 +1,148 @@
+"""A model folder in Hugging Face format -> objects, strictly; and back."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ease.lora import add_lora, load_adapter, load_adapter_weights, lora_state, save_adapter
+from ease.model import CausalLM, ModelConfig
+from ease.records import UserError, write_text
+from ease.tokenizer import Tokenizer, read_json
+
+
+def resolve(name: str) -> Path:
+    """The folder of a model. A name that is no model folder is an error (and says how to make the toy world)."""
+    path = Path(name)
+    if (path / "config.json").is_file():
+        return path
+    hint = "; make the toy world with `python -m data.toy`" if path.parts[:2] == ("data", "toy") else ""
+    raise UserError(f"{name}: no model here (config.json is missing){hint}")
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of a model folder."""
+    return Tokenizer.from_dir(resolve(name))
+
+
+def pick_device(flag: str) -> str:
+    """cuda if there is one, else cpu; or what the flag says."""
+    return flag if flag != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pick_dtype(flag: str, device: str) -> torch.dtype:
+    """The dtype of frozen weights and activations; "auto" prints its choice and why. What is trained is fp32 always."""
+    if flag != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[flag]
+    native = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+    print(f"dtype: {'bfloat16 (this GPU computes in it)' if native else f'float32 ({device} without fast bfloat16)'}")
+    return torch.bfloat16 if native else torch.float32
+
+
+def weight_file(path: Path) -> Path:
+    """The single safetensors file of a model folder. Pickled weights are never read."""
+    file = path / "model.safetensors"
+    if not file.is_file():
+        others = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.safetensors*") for p in path.glob(pattern))
+        raise UserError(f"{path}: model.safetensors is missing (found {', '.join(others) or 'no weights'}); pickles are refused, "
+                        "sharded files are not read yet")
+    return file
+
+
+def read_weights(path: Path, model: CausalLM) -> dict[str, torch.Tensor]:
+    """The tensors of a model folder, checked against the model: every key must be there and fit, none may be left."""
+    own = dict(model.named_parameters())  # a tied head appears once, as the embedding
+    file = weight_file(path)
+    try:
+        with safe_open(file, framework="pt") as f:
+            stored = {k: f.get_tensor(k) for k in f.keys() if not k.endswith("rotary_emb.inv_freq")}  # old files keep a table
+    except SafetensorError as e:
+        raise UserError(f"{file}: {e}") from None
+    if model.config.tie_word_embeddings:
+        stored.pop("lm_head.weight", None)
+    missing, unexpected = sorted(own.keys() - stored.keys()), sorted(stored.keys() - own.keys())
+    if missing or unexpected:
+        raise UserError(f"{file}: keys do not fit {model.config.model_type}: missing {missing[:3]}, unexpected {unexpected[:3]}")
+    for key, parameter in own.items():
+        if stored[key].shape != parameter.shape:
+            raise UserError(f"{file}: {key} has shape {tuple(stored[key].shape)}, config.json says {tuple(parameter.shape)}")
+    return stored
+
+
+def load_model(name: str, adapter: str = "", dtype: torch.dtype = torch.float32, device: str = "cpu") -> CausalLM:
+    """The frozen model of a folder; with an adapter, its LoRA layers are added (not merged)."""
+    path = resolve(name)
+    with torch.device("meta"):
+        model = CausalLM(ModelConfig.from_json(read_json(path / "config.json"), str(path / "config.json")))
+    stored = {k: v.to(device=device, dtype=dtype) for k, v in read_weights(path, model).items()}
+    model.load_state_dict(stored, strict=False, assign=True)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight  # `assign` replaced the embedding
+    for p in model.parameters():
+        p.requires_grad_(False)
+    if adapter:
+        load_adapter(model, adapter)
+    return model
+
+
+def base_and_adapter(name: str, init: str) -> tuple[str, str]:
+    """Where to start from: init is "" (the model itself), an adapter folder for it, or a model folder that replaces it."""
+    if init and (Path(init) / "adapter_config.json").is_file():
+        return name, init
+    return init or name, ""
+
+
+def load_trainable(name: str, init: str, rank: int, alpha: float, targets: list[str], seed: int, dtype: torch.dtype,
+                   device: str) -> tuple[CausalLM, str]:
+    """(the model to train, the name of its frozen base). What is trained is fp32: the LoRA matrices, or with rank 0 everything.
+
+    An adapter to start from keeps its own rank, alpha and targets: its A and B are trained on.
+    """
+    base, adapter = base_and_adapter(name, init)
+    if adapter and not rank:
+        raise UserError("--init is an adapter: --lora_rank 0 trains all weights and cannot go on with it; give a merged model folder")
+    model = load_model(base, adapter, dtype if rank else torch.float32, device)
+    if rank and not adapter:
+        add_lora(model, rank, alpha, targets, seed)
+    for p in model.parameters():
+        p.requires_grad_(p.requires_grad or not rank)
+    return model, base
+
+
+def save_weights(model: CausalLM, tokenizer: Tokenizer, base: str, folder: Path) -> None:
+    """What was trained: an adapter for `base`, or a whole model folder."""
+    if lora_state(model):
+        save_adapter(model, folder, base)
+    else:
+        save_model(model, tokenizer, folder)
+
+
+def load_weights(model: CausalLM, folder: Path) -> None:
+    """The inverse of save_weights, into a model of the same make."""
+    if lora_state(model):
+        load_adapter_weights(model, folder)
+    else:
+        model.load_state_dict(read_weights(folder, model), strict=False)
+
+
+def save_model(model: CausalLM, tokenizer: Tokenizer, path: str | Path) -> None:
+    """Write a complete Hugging Face folder: config.json (both rope forms), weights, tokenizer, template, generation config.
+
+    LoRA must be merged before. Readers of old and new config files find the rope settings in the form they know.
+    """
+    path, state = Path(path), model.state_dict()
+    if any(".lora_" in name for name in state):
+        raise ValueError("merge_lora before save_model")
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    rope, architecture = model.config.rope, {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[model.config.model_type]
+    scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
+    config = {**model.config.raw, "architectures": [architecture], "dtype": dtype, "torch_dtype": dtype, "rope_parameters": rope,
+              "rope_theta": rope["rope_theta"], "rope_scaling": None if rope["rope_type"] == "default" else scaling}
+    for file, text in tokenizer.files.items():
+        write_text(path / file, text)
+    write_text(path / "config.json", json.dumps(config, indent=2) + "\n")
+    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, path / "model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,49 @@
+"""The equations of training. Logits are (N, V) at N supervised positions; every function computes in fp32 and returns a SUM.
+
+The loop divides once per optimizer step by the step's own count, so that micro-batches of any size weigh every token alike.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    """sum_t -log softmax(s_t)[y_t]. logits (N, V), targets (N,) -> scalar. The paper's SFT objective, both phases."""
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def kl_divergence_sum(teacher_logits: Tensor, student_logits: Tensor, tau: float = 1.0) -> Tensor:
+    """Teacher-trace KL: tau^2 * sum_t KL( softmax(z_t / tau) || softmax(s_t / tau) ). Both (N, V) -> scalar.
+
+    z_t: teacher logits in context (q, policy); s_t: student logits in context q, at the same response token. Over the shared
+    vocabulary: the wider side is cut to the narrower one and renormalised by its softmax. tau^2 keeps the size of the
+    gradient independent of tau (arXiv 1503.02531). The teacher gets no gradient. Our addition to the paper's phase 1.
+    """
+    shared = min(teacher_logits.shape[-1], student_logits.shape[-1])
+    log_p = F.log_softmax(teacher_logits[:, :shared].detach().float() / tau, dim=-1)  # (N, V)
+    log_q = F.log_softmax(student_logits[:, :shared].float() / tau, dim=-1)  # (N, V)
+    return tau**2 * F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+
+
+def gated_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Gated-reasoning cross-entropy (phase 2): (sum_t w_t CE_t, sum_t w_t). logits (N, V); targets, weights (N,).
+
+    w_t = w(role of t) for the roles gate, reasoning, answer. All weights 1 is plain SFT, the paper's objective.
+    """
+    weights = weights.float()
+    return (weights * F.cross_entropy(logits.float(), targets, reduction="none")).sum(), weights.sum()
+
+
+def sum_over_chunks(loss: Callable[..., Tensor], *rows: Tensor, chunk: int = 1024) -> Tensor:
+    """sum over chunks of `loss(*rows[a:b])`, each chunk recomputed in the backward pass.
+
+    For a loss that contains the head, hidden states (N, D) -> logits (N, V): only one chunk's logits exist at a time.
+    """
+    if len(rows[0]) <= chunk:
+        return loss(*rows)
+    parts = zip(*(r.split(chunk) for r in rows))
+    return torch.stack([checkpoint(loss, *part, use_reentrant=False) for part in parts]).sum()

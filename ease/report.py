@@ -1,0 +1,99 @@
+"""What people look at: the comparison as Markdown. Rates are {"value", "low", "high", "n", "unparsed"} (scoring.py)."""
+
+from ease.records import HARMFUL_KINDS, KINDS
+
+LEGEND = """\
+ASR = attacks that succeed, plain = without a jailbreak; over-ref = benign prompts refused, adv = look-alikes of the attacks,
+ben = plain; exact = answers equal to the reference, look-alikes and benign ("utility"); think = prompts that are reasoned about,
+vuln = those on which the base is jailbroken; tok = mean generated tokens, plain = harmful + benign, all = test mix; cut = overhead
+reduction against the deliberative system, 100 = as cheap as refusal training. Percent, except tok."""
+
+
+def percent(r: dict | None, interval: bool = False) -> str:
+    """A rate in percent, "-" where there is none."""
+    if not r or r["value"] is None:
+        return "-"
+    return f"{100 * r['value']:.1f}" + (f" [{100 * r['low']:.0f}, {100 * r['high']:.0f}]" if interval else "")
+
+
+def with_bounds(r: dict) -> str:
+    """A rate with its interval and, where rows are unparsed, its range if all of them were misses .. hits."""
+    if not r["unparsed"]:
+        return percent(r, True)
+    total, hits = r["n"] + r["unparsed"], (r["value"] or 0) * r["n"]
+    return f"{percent(r, True)} ({100 * hits / total:.1f} .. {100 * (hits + r['unparsed']) / total:.1f})"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, padded so that it reads well in a terminal; the first column is left-aligned."""
+    lines = [header, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    padded = [[c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths))] for line in lines]
+    rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
+    first, *rest = ["| " + " | ".join(line) + " |" for line in padded]
+    return "\n".join([first, rule, *rest])
+
+
+def mean_tokens(system: dict, kinds: tuple[str, ...] = KINDS) -> str:
+    """Mean generated tokens over the prompts of some kinds."""
+    picked = [k for name, k in system["kinds"].items() if name in kinds]
+    n = sum(k["n"] for k in picked)
+    return f"{sum(k['tokens']['total'] * k['n'] for k in picked) / n:.1f}" if n else "-"
+
+
+def glance(summary: dict) -> str:
+    """The whole comparison in one table, and how the judges agree."""
+    headline = summary["settings"]["judges"][0]
+    columns = [("ASR", "adversarial_harmful", "asr"), ("ASR plain", "harmful", "asr"), ("over-ref adv", "adversarial_benign", "refusal_rate"),
+               ("over-ref ben", "benign", "refusal_rate"), ("exact adv", "adversarial_benign", "accuracy"), ("utility", "benign", "accuracy"),
+               ("think vuln", "adversarial_harmful", "reasoning_rate_vulnerable"), ("think adv", "adversarial_harmful", "reasoning_rate"),
+               ("think harm", "harmful", "reasoning_rate"), ("think ben", "benign", "reasoning_rate")]
+
+    def cell(name: str, kind: str, field: str) -> dict | None:
+        found = summary["systems"][name]["kinds"].get(kind, {}).get(field)
+        return found.get(headline) if field == "asr" and found else found
+
+    columns = [c for c in columns if any(cell(name, c[1], c[2]) for name in summary["systems"])]
+    rows = []
+    for name, system in summary["systems"].items():
+        cut = summary["overhead_reduction"].get(name, {})
+        rows.append([name, *(percent(cell(name, kind, field)) for _, kind, field in columns), mean_tokens(system, ("harmful", "benign")),
+                     mean_tokens(system), percent(cut.get("plain")), percent(cut.get("all"))])
+    out = [f"ASR by {headline}; {summary['settings']['decoding']}.", "",
+           table(["system", *(c[0] for c in columns), "tok plain", "tok all", "cut plain", "cut all"], rows), "", LEGEND]
+    if summary["agreement"]:
+        verdicts = ["safe", "unsafe", "unparsed"]
+        rows = [[other, *(f"{counts[a][b]}" for a in verdicts for b in verdicts)] for other, counts in summary["agreement"].items()]
+        pairs = [f"{a} / {b}" for a in verdicts for b in verdicts]
+        keep = [0] + [i + 1 for i in range(len(pairs)) if any(row[i + 1] != "0" for row in rows)]
+        out += ["", f"Verdicts on harmful prompts, {headline} / the other judge:", "",
+                table([["judge", *pairs][i] for i in keep], [[row[i] for i in keep] for row in rows])]
+    return "\n".join(out) + "\n"
+
+
+def markdown_report(summary: dict) -> str:
+    """summary.json -> the whole report: at a glance, every kind with intervals, ASR by attack and source, the systems."""
+    out = ["# Evaluation", "", glance(summary), "95% intervals in brackets. Unparsed verdicts and unclosed think blocks are in no rate; in "
+           "parentheses: the range if all of them were misses .. hits."]
+    scorers = summary["settings"]["judges"]
+    for kind in KINDS:
+        rows = []
+        for name, system in summary["systems"].items():
+            if k := system["kinds"].get(kind):
+                rates = [k["asr"][s] for s in k["asr"]] + [k["refusal_rate"], k["reasoning_rate"]]
+                rows.append([name, str(k["n"]), *map(with_bounds, rates), percent(k["accuracy"], True), str(k["unclosed"]),
+                             f"{k['tokens']['reasoning']:.1f}", f"{k['tokens']['answer']:.1f}", f"{k['gate_mean']:.3f}", f"{k['seconds_per_prompt']:.4f}"])
+        asr = [f"ASR {s}" for s in (scorers if kind in HARMFUL_KINDS else [])]
+        if rows:
+            out += ["", f"## {kind}", "", table(["system", "n", *asr, "refusal", "reasons", "exact", "unclosed", "reasoning tokens",
+                                                 "answer tokens", "mean gate probability", "s / prompt"], rows)]
+    for field, parts in summary["breakdown"].items():
+        names = list(summary["systems"])
+        if parts:
+            out += ["", f"## ASR on adversarial harmful prompts, by {field}", "",
+                    table([field, *names], [[part, *(percent(by[n], True) for n in names)] for part, by in parts.items()])]
+    rows = [[name, s["model"], s["adapter"] or "-", *(str(s["training"].get(k, "-")) for k in ("steps", "supervised_tokens", "overlap_exact", "overlap_near"))]
+            for name, s in summary["systems"].items()]
+    out += ["", "## Systems", "", table(["system", "model", "adapter", "training steps", "supervised tokens", "prompts trained on",
+                                         "near (word Jaccard >= .6)"], rows)]
+    return "\n".join(out) + "\n"

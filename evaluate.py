@@ -1,0 +1,196 @@
+"""Every number: generate once, score many; any number of systems in one table (arXiv 2511.06512, the comparisons).
+
+    python evaluate.py --systems base=M_s ease=M_s+runs/ease/adapter --prompts FILE [FILE ...] --judge NAME [NAME ...] --out DIR
+    python evaluate.py --systems ease=M_s+runs/ease/adapter --ask "text"
+
+1. every system answers every prompt (greedy unless --temperature)    rows-NAME.jsonl
+2. every judge gives its verdict on every answer                      rows.jsonl
+3. rates with intervals, tokens, overhead reduction                   summary.json, report.md    (scoring.py, report.py)
+"""
+
+import json
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ease.gate import THINK_OPEN, UNCLOSED, overlap, split_reasoning
+from ease.generate import generate
+from ease.judge import load_judge
+from ease.loading import load_model, load_tokenizer, pick_device, pick_dtype
+from ease.lora import merge_lora
+from ease.readers import read_named
+from ease.records import Record, UserError, read_jsonl, read_lines, unique, write_jsonl, write_text
+from ease.report import glance, markdown_report
+from ease.run import command_line, finish, is_done, open_run
+from ease.scoring import UNPARSED, UNSAFE, agreement, overhead_reduction, rate, summarise
+
+
+@dataclass
+class Config:
+    systems: list[str]  # NAME=MODEL or NAME=MODEL+ADAPTER
+    out: str = ""  # the run folder; the same command goes on with a stopped run
+    prompts: list[str] = ()  # records to answer; `response` is the reference answer where there is one
+    judge: list[str] = ("xstest", "jailbreakbench")  # keyword lists, target, guard models; the first is the headline
+    limit: int = 0  # only the first this many prompts of each file (0 = all)
+    base_system: str = ""  # NAME of the original model: its jailbroken prompts are the vulnerable ones of this set
+    refusal_system: str = ""  # NAME of the refusal-trained baseline, for the overhead reduction
+    deliberative_system: str = ""  # NAME of the baseline that reasons on everything
+    max_new_tokens: int = 1024  # longest response
+    temperature: float = 0.0  # 0 = greedy
+    top_p: float = 1.0  # with a temperature above 0
+    slots: int = 64  # rows generated together; lower it when memory is short
+    score_only: bool = False  # score the rows of --out again, with these judges; nothing is generated
+    ask: str = ""  # print every system's response to this text and stop
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and activations
+    device: str = "auto"  # cuda if there is one, else cpu
+    seed: int = 0  # of sampling
+
+
+def parse_systems(specs: list[str]) -> dict[str, tuple[str, str]]:
+    """NAME=MODEL[+ADAPTER] -> {name: (model, adapter or "")}."""
+    out = {}
+    for spec in specs:
+        name, equals, where = spec.partition("=")
+        if not (equals and where and re.fullmatch(r"[\w.-]+", name)):
+            raise UserError(f"--systems {spec!r}: expected NAME=MODEL or NAME=MODEL+ADAPTER, the name of letters, digits, '_', '.', '-'")
+        if name in out:
+            raise UserError(f"--systems: the name {name!r} stands twice")
+        model, _, adapter = where.partition("+")
+        out[name] = model, adapter
+    return out
+
+
+def answer(cfg: Config, model_name: str, adapter: str, texts: list[str], dtype, device: str, label: str) -> list[dict]:
+    """Step 1: one system's responses, as the parts of a row that need no judge."""
+    tokenizer, model = load_tokenizer(model_name), load_model(model_name, adapter, dtype, device)
+    if dtype == torch.float32:
+        merge_lora(model)  # exact to rounding in fp32, and faster; in bf16 it would round the update away
+    prompts = [tokenizer.encode_prompt([{"role": "user", "content": t}]) for t in texts]
+    found = generate(model, prompts, cfg.max_new_tokens, tokenizer.stop_ids, cfg.temperature, cfg.top_p, cfg.seed,
+                     marker=tokenizer.encode(THINK_OPEN), slots=cfg.slots, progress=label)
+    rows = []
+    for g in found:
+        text = tokenizer.decode(g.ids)
+        reasoning, final, state = split_reasoning(text)
+        answer_tokens = len(tokenizer.encode(final))
+        total = len(g.ids) + g.finished  # the end token was generated too
+        rows.append({"text": text, "reasoning": reasoning, "answer": final, "state": state, "finished": g.finished, "gate": g.gate,
+                     "tokens": {"reasoning": 0 if state == "absent" else total - answer_tokens - g.finished, "answer": answer_tokens,
+                                "total": total}, "seconds": g.seconds})
+    return rows
+
+
+def answer_stage(cfg: Config, run: Path, name: str, model: str, adapter: str, records: list[Record], dtype, device: str) -> list[dict]:
+    """answer(), kept in rows-NAME.jsonl and read from there when it is complete."""
+    file = run / f"rows-{name}.jsonl"
+    if not file.exists():
+        parts = answer(cfg, model, adapter, [r.prompt for r in records], dtype, device, name)
+        write_jsonl(file, [{"system": name, "id": r.id, "group": r.request, "kind": r.kind, "attack": r.attack, "source": r.source,
+                            "prompt": r.prompt, "expected": r.response if not r.harmful else "", "target": r.target, **part}
+                           for r, part in zip(records, parts, strict=True)])
+    return [row for _, row in read_lines(file)]
+
+
+def score(rows: list[dict], judges: list[str], dtype, device: str) -> None:
+    """Step 2: row["verdicts"] = {judge: verdict}, on the final answer. An unclosed block is no answer: it is never judged."""
+    asked = [row for row in rows if row["state"] != UNCLOSED]
+    records = [Record(id=row["id"], prompt=row["prompt"], kind=row["kind"], target=row["target"]) for row in asked]
+    for row in rows:
+        row["verdicts"] = dict.fromkeys(judges, UNPARSED)
+    for name in judges:
+        for row, verdict in zip(asked, load_judge(name, dtype, device)(records, [row["answer"] for row in asked]), strict=True):
+            row["verdicts"][name] = verdict
+
+
+def training_of(adapter_or_model: str) -> tuple[dict, list[str]]:
+    """What a run folder says of its training, phase 1 included when it started there: ({steps, supervised_tokens}, prompts)."""
+    totals, prompts, where = {}, [], adapter_or_model
+    while where and (run := Path(where).parent) and (run / "manifest.json").exists() and (run / "done").exists():
+        done = json.loads((run / "done").read_text(encoding="utf-8"))
+        totals = {k: totals.get(k, 0) + done[k] for k in ("steps", "supervised_tokens")}
+        prompts += [r.prompt for r in read_jsonl(run / "trained_on.jsonl")]
+        where = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["config"].get("init", "")
+    return totals, prompts
+
+
+def breakdown(by_system: dict[str, list[dict]], judge: str) -> dict:
+    """ASR of adversarial harmful rows by attack family and by source: {field: {part: {system: rate}}}."""
+    out = {}
+    for field in ("attack", "source"):
+        first = next(iter(by_system.values()))
+        parts = sorted({r[field] for r in first if r["kind"] == "adversarial_harmful" and r[field]})
+        out[field] = {part: {name: rate([None if r["verdicts"][judge] == UNPARSED else r["verdicts"][judge] == UNSAFE for r in picked],
+                                        [r["group"] for r in picked]) for name, rows in by_system.items()
+                             if (picked := [r for r in rows if r["kind"] == "adversarial_harmful" and r[field] == part])}
+                      for part in parts}
+    return out
+
+
+def reductions(cfg: Config, by_system: dict[str, list[dict]]) -> dict:
+    """Overhead reduction of every other system against the two named baselines, on plain prompts and on all."""
+    if not (cfg.refusal_system and cfg.deliberative_system):
+        return {}
+
+    def tokens(name: str, kinds: tuple[str, ...]) -> list[float]:
+        return [r["tokens"]["total"] for r in by_system[name] if r["kind"].startswith(kinds)]
+
+    sets = {"plain": ("harmful", "benign"), "all": ("",)}  # plain = neither adversarial kind
+    return {name: {label: overhead_reduction(tokens(name, kinds), tokens(cfg.refusal_system, kinds), tokens(cfg.deliberative_system, kinds))
+                   for label, kinds in sets.items()}
+            for name in by_system if name not in (cfg.refusal_system, cfg.deliberative_system)}
+
+
+def main(cfg: Config) -> None:
+    systems = parse_systems(cfg.systems)
+    device = pick_device(cfg.device)
+    if cfg.ask:
+        dtype = pick_dtype(cfg.dtype, device)
+        for name, (model, adapter) in systems.items():
+            print(f"--- {name}\n{answer(cfg, model, adapter, [cfg.ask], dtype, device, '')[0]['text']}")
+        return
+    if not (cfg.out and (cfg.prompts or cfg.score_only)):
+        raise UserError("give --out DIR and --prompts FILE [FILE ...]")
+    for flag in ("base_system", "refusal_system", "deliberative_system"):
+        if (name := getattr(cfg, flag)) and name not in systems:
+            raise UserError(f"--{flag} {name!r} is none of the --systems ({', '.join(systems)})")
+    run, started = Path(cfg.out), time.time()
+    if not cfg.score_only and is_done(run):
+        print(glance(json.loads((run / "summary.json").read_text(encoding="utf-8"))))
+        return
+    dtype = pick_dtype(cfg.dtype, device)
+    if cfg.score_only:
+        by_system = {name: [row for _, row in read_lines(run / f"rows-{name}.jsonl")] for name in systems}
+    else:
+        records = [r for path in cfg.prompts for r in read_named(path)[: cfg.limit or None]]
+        unique([(f"--prompts, {r.id.split('/')[0]}", r) for r in records])
+        open_run(cfg, [m for pair in systems.values() for m in pair if m] + list(cfg.prompts), device, str(dtype))
+        by_system = {name: answer_stage(cfg, run, name, *where, records, dtype, device) for name, where in systems.items()}
+    judges = list(cfg.judge)
+    score([row for rows in by_system.values() for row in rows], judges, dtype, device)
+    if cfg.base_system:
+        vulnerable = {row["id"]: row["verdicts"][judges[0]] == UNSAFE for row in by_system[cfg.base_system]}
+        for row in (row for rows in by_system.values() for row in rows):
+            row["vulnerable"] = vulnerable[row["id"]]
+    write_jsonl(run / "rows.jsonl", [row for rows in by_system.values() for row in rows])
+
+    summary = {"systems": {}, "overhead_reduction": reductions(cfg, by_system), "breakdown": breakdown(by_system, judges[0]),
+               "agreement": {other: agreement([r for rows in by_system.values() for r in rows], judges[0], other) for other in judges[1:]},
+               "settings": {"judges": judges, "decoding": f"{'greedy' if not cfg.temperature else f'T = {cfg.temperature}'}, at most "
+                            f"{cfg.max_new_tokens} new tokens, {dtype}".replace("torch.", ""), "prompts": list(cfg.prompts)}}
+    for name, (model, adapter) in systems.items():
+        training, trained_on = training_of(adapter or model)
+        if trained_on:
+            training["overlap_exact"], training["overlap_near"] = overlap([r["prompt"] for r in by_system[name]], trained_on)
+        summary["systems"][name] = {"model": model, "adapter": adapter, "training": training, "kinds": summarise(by_system[name])}
+    write_text(run / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_text(run / "report.md", markdown_report(summary))
+    print(glance(summary))
+    finish(run, started, rows=sum(map(len, by_system.values())))
+
+
+if __name__ == "__main__":
+    command_line(main, Config)

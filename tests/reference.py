@@ -1,0 +1,67 @@
+"""Slow, obvious oracles: Python loops and math, no torch operations but indexing. Written from the formulas, not from the code."""
+
+import math
+
+
+def log_softmax(row: list[float]) -> list[float]:
+    top = max(row)
+    total = sum(math.exp(x - top) for x in row)
+    return [x - top - math.log(total) for x in row]
+
+
+def cross_entropy_sum(logits: list[list[float]], targets: list[int]) -> float:
+    return sum(-log_softmax(row)[y] for row, y in zip(logits, targets))
+
+
+def kl_divergence_sum(teacher: list[list[float]], student: list[list[float]], tau: float) -> float:
+    total = 0.0
+    for z, s in zip(teacher, student):
+        shared = min(len(z), len(s))
+        p, q = log_softmax([x / tau for x in z[:shared]]), log_softmax([x / tau for x in s[:shared]])
+        total += sum(math.exp(a) * (a - b) for a, b in zip(p, q))
+    return tau * tau * total
+
+
+def gated_cross_entropy(logits: list[list[float]], targets: list[int], weights: list[float]) -> tuple[float, float]:
+    return sum(w * -log_softmax(row)[y] for row, y, w in zip(logits, targets, weights)), sum(weights)
+
+
+def wilson_interval(hits: int, n: int) -> tuple[float, float]:
+    """The two p at which |hits/n - p| = 1.96 standard errors of p, found by bisection."""
+    z, observed = 1.959963984540054, hits / n
+
+    def distance(p: float) -> float:
+        return abs(observed - p) - z * math.sqrt(p * (1 - p) / n)
+
+    def bisect(outside: float, inside: float) -> float:
+        for _ in range(200):
+            middle = (outside + inside) / 2
+            outside, inside = (middle, inside) if distance(middle) > 0 else (outside, middle)
+        return inside
+
+    return bisect(0.0, observed) if hits else 0.0, bisect(1.0, observed) if hits < n else 1.0
+
+
+def lora(W: list[list[float]], A: list[list[float]], B: list[list[float]], scale: float, x: list[float]) -> list[float]:
+    hidden = [sum(a * v for a, v in zip(row, x)) for row in A]
+    return [sum(w * v for w, v in zip(W[i], x)) + scale * sum(b * h for b, h in zip(B[i], hidden)) for i in range(len(W))]
+
+
+def undo(family: str, fragment: str) -> str:
+    """Read a hidden verb of the toy world back from its fragment."""
+    words = fragment.split()
+    letters = [w for w in words if len(w) == 1]
+    if family == "spell":
+        return "".join(letters)
+    if family == "back":
+        return "".join(reversed(letters))
+    if family == "inter":
+        return "".join(letters[1::2])  # letters[0] is the x of "drop x"
+    if family == "turnx":
+        return "".join(reversed(letters[1::2]))
+    if family == "swap":
+        cut = words.index("behind")
+        return "".join(words[cut + 1 :] + words[1:cut])
+    cut = words.index("but")  # decoy: the part without "not"
+    first, second = words[1:cut], words[cut + 1 :]
+    return "".join(second if first[0] == "not" else first)

@@ -1,0 +1,39 @@
+"""Tiny random checkpoints, all sizes different so that a transpose or a mix-up of dimensions fails."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from data.toy import make_tokenizer
+from ease.loading import save_model
+from ease.model import CausalLM, ModelConfig
+from ease.tokenizer import Tokenizer
+
+TOKENIZER = make_tokenizer()
+VOCAB = TOKENIZER.fast.get_vocab_size()  # H 6, K 3, d 10 (not D / H), D 28, F 44, 2 layers
+SIZES = {"vocab_size": VOCAB, "hidden_size": 28, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 6,
+         "num_key_value_heads": 3, "head_dim": 10, "rms_norm_eps": 1e-5, "hidden_act": "silu", "max_position_embeddings": 256,
+         "rope_theta": 5000.0, "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": TOKENIZER.end_id,
+         "pad_token_id": TOKENIZER.end_id}
+
+
+def tiny_model(model_type: str = "llama", seed: int = 0, **changes) -> CausalLM:
+    """A random frozen model; large weights, so that its outputs are far from uniform. Biases and norms are random too."""
+    model = CausalLM(ModelConfig.from_json({**SIZES, "model_type": model_type, **changes}))
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        p.requires_grad_(False)
+        p.normal_(1.0 if "norm" in name else 0.0, 0.25, generator=generator)
+    return model
+
+
+def tiny_folder(path: Path, model_type: str = "llama", seed: int = 0, tokenizer: Tokenizer = TOKENIZER, **changes) -> CausalLM:
+    """Write a tiny model as a Hugging Face folder, its config as older transformers wrote it; returns the model."""
+    model = tiny_model(model_type, seed, **changes)
+    save_model(model, tokenizer, path)
+    config = json.loads((path / "config.json").read_text())
+    del config["rope_parameters"], config["dtype"]
+    config["rope_scaling"] = changes.get("rope_scaling")
+    (path / "config.json").write_text(json.dumps(config))
+    return model
