@@ -146,6 +146,7 @@ def main(cfg: Config) -> None:
     if is_done(run):
         return
     started, device = time.time(), pick_device(cfg.device)
+    torch.manual_seed(cfg.seed)
     dtype = pick_dtype(cfg.dtype, device)
     tokenizer = load_tokenizer(cfg.model)
     model, base = load_trainable(cfg.model, "", cfg.lora_rank, cfg.lora_alpha, list(cfg.lora_targets), cfg.seed, dtype, device)

@@ -216,6 +216,7 @@ def main(cfg: Config) -> None:
     if is_done(run):
         return
     started, device = time.time(), pick_device(cfg.device)
+    torch.manual_seed(cfg.seed)
     dtype = pick_dtype(cfg.dtype, device)
     tokenizer = load_tokenizer(cfg.model)
     read_inputs(cfg)

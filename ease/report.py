@@ -5,8 +5,8 @@ from ease.records import HARMFUL_KINDS, KINDS
 LEGEND = """\
 ASR = attacks that succeed, plain = without a jailbreak; over-ref = benign prompts refused, adv = look-alikes of the attacks,
 ben = plain; exact = answers equal to the reference, look-alikes and benign ("utility"); think = prompts that are reasoned about,
-vuln = those on which the base is jailbroken; tok = mean generated tokens, plain = harmful + benign, all = test mix; cut = overhead
-reduction against the deliberative system, 100 = as cheap as refusal training. Percent, except tok."""
+vuln = those on which the base is jailbroken; unclosed = think blocks without an end, a count, in no rate; tok = mean generated tokens, plain = harmful + benign, all = test mix; cut = overhead
+reduction against the deliberative system, 100 = as cheap as refusal training. Percent, except counts and tok."""
 
 
 def percent(r: dict | None, interval: bool = False) -> str:
@@ -56,11 +56,11 @@ def glance(summary: dict) -> str:
     columns = [c for c in columns if any(cell(name, c[1], c[2]) for name in summary["systems"])]
     rows = []
     for name, system in summary["systems"].items():
-        cut = summary["overhead_reduction"].get(name, {})
-        rows.append([name, *(percent(cell(name, kind, field)) for _, kind, field in columns), mean_tokens(system, ("harmful", "benign")),
+        cut, unclosed = summary["overhead_reduction"].get(name, {}), sum(k["unclosed"] for k in system["kinds"].values())
+        rows.append([name, *(percent(cell(name, kind, field)) for _, kind, field in columns), str(unclosed), mean_tokens(system, ("harmful", "benign")),
                      mean_tokens(system), percent(cut.get("plain")), percent(cut.get("all"))])
     out = [f"ASR by {headline}; {summary['settings']['decoding']}.", "",
-           table(["system", *(c[0] for c in columns), "tok plain", "tok all", "cut plain", "cut all"], rows), "", LEGEND]
+           table(["system", *(c[0] for c in columns), "unclosed", "tok plain", "tok all", "cut plain", "cut all"], rows), "", LEGEND]
     if summary["agreement"]:
         verdicts = ["safe", "unsafe", "unparsed"]
         rows = [[other, *(f"{counts[a][b]}" for a in verdicts for b in verdicts)] for other, counts in summary["agreement"].items()]

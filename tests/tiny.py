@@ -11,9 +11,9 @@ from ease.model import CausalLM, ModelConfig
 from ease.tokenizer import Tokenizer
 
 TOKENIZER = make_tokenizer()
-VOCAB = TOKENIZER.fast.get_vocab_size()  # H 6, K 3, d 10 (not D / H), D 28, F 44, 2 layers
-SIZES = {"vocab_size": VOCAB, "hidden_size": 28, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 6,
-         "num_key_value_heads": 3, "head_dim": 10, "rms_norm_eps": 1e-5, "hidden_act": "silu", "max_position_embeddings": 256,
+VOCAB = TOKENIZER.fast.get_vocab_size()  # H 6, K 3, d 8 (not D / H), D 30, F 44, 2 layers
+SIZES = {"vocab_size": VOCAB, "hidden_size": 30, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 6,
+         "num_key_value_heads": 3, "head_dim": 8, "rms_norm_eps": 1e-5, "hidden_act": "silu", "max_position_embeddings": 256,
          "rope_theta": 5000.0, "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": TOKENIZER.end_id,
          "pad_token_id": TOKENIZER.end_id}
 

@@ -1,0 +1,341 @@
+"""Wrong versions that the checks must reject, one mistake each: NAME__mistake. Many were found in published code."""
+
+import math
+import random
+
+import torch
+import torch.nn.functional as F
+
+from ease import batching, gate, losses, policies, run, scoring
+from ease.batching import Batch, Example
+from ease.gate import ABSENT, ANSWER, GATE, REASONING, UNCLOSED, WELL_FORMED
+from ease.generate import sample
+
+
+# losses
+def cross_entropy_sum__mean(logits, targets):
+    return F.cross_entropy(logits.float(), targets)
+
+
+def cross_entropy_sum__ignores_id_0(logits, targets):
+    return F.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=0)
+
+
+def cross_entropy_sum__in_half_precision(logits, targets):
+    return F.cross_entropy(logits, targets, reduction="sum")
+
+
+def kl_divergence_sum__reversed(teacher, student, tau=1.0):
+    return losses.kl_divergence_sum(student, teacher, tau) + 0 * student.sum()
+
+
+def kl_divergence_sum__no_tau_squared(teacher, student, tau=1.0):
+    return losses.kl_divergence_sum(teacher, student, tau) / tau**2
+
+
+def kl_divergence_sum__cut_after_softmax(teacher, student, tau=1.0):
+    n = min(teacher.shape[-1], student.shape[-1])
+    p, q = F.log_softmax(teacher.detach() / tau, -1)[:, :n], F.log_softmax(student / tau, -1)[:, :n]
+    return tau**2 * (p.exp() * (p - q)).sum()
+
+
+def kl_divergence_sum__trains_the_teacher(teacher, student, tau=1.0):
+    n = min(teacher.shape[-1], student.shape[-1])
+    p, q = F.log_softmax(teacher[:, :n] / tau, -1), F.log_softmax(student[:, :n] / tau, -1)
+    return tau**2 * (p.exp() * (p - q)).sum()
+
+
+def kl_divergence_sum__mean(teacher, student, tau=1.0):
+    return losses.kl_divergence_sum(teacher, student, tau) / len(student)
+
+
+def gated_cross_entropy__unweighted(logits, targets, weights):
+    return losses.cross_entropy_sum(logits, targets), weights.sum()
+
+
+def gated_cross_entropy__counts_tokens(logits, targets, weights):
+    return losses.gated_cross_entropy(logits, targets, weights)[0], torch.tensor(float(len(targets)))
+
+
+def gated_cross_entropy__divides(logits, targets, weights):
+    total, weight = losses.gated_cross_entropy(logits, targets, weights)
+    return total / weight, weight
+
+
+def sum_over_chunks__drops_the_rest(loss, *rows, chunk=1024):
+    return torch.stack([loss(*(r[a : a + chunk] for r in rows)) for a in range(0, len(rows[0]) - chunk + 1, chunk)] or [rows[0].sum() * 0]).sum()
+
+
+def sum_over_chunks__mean(loss, *rows, chunk=1024):
+    return losses.sum_over_chunks(loss, *rows, chunk=chunk) / -(-len(rows[0]) // chunk)
+
+
+# gate
+def response_pieces__marker_before_direct_answers(record):
+    """The official code: "<think>" before every target, which destroys the selectivity."""
+    return [("<think>\n", GATE), *([(record.reasoning, REASONING), ("\n</think>\n\n", REASONING)] if record.reasoning else []), (record.response, ANSWER)]
+
+
+def response_pieces__one_string(record):
+    return [(f"<think>\n{record.reasoning}\n</think>\n\n{record.response}", ANSWER)] if record.reasoning else [(record.response, ANSWER)]
+
+
+def split_reasoning__anywhere(text):
+    before, opened, rest = text.partition("<think>")
+    if not opened:
+        return "", text.strip(), ABSENT
+    a, closed, b = rest.partition("</think>")
+    return (a.strip(), b.strip(), WELL_FORMED) if closed else (a.strip(), "", UNCLOSED)
+
+
+def split_reasoning__unclosed_is_an_answer(text):
+    reasoning, answer, state = gate.split_reasoning(text)
+    return ("", text.strip(), ABSENT) if state == UNCLOSED else (reasoning, answer, state)
+
+
+def split_reasoning__last_close(text):
+    reasoning, answer, state = gate.split_reasoning(text)
+    if state == WELL_FORMED and "</think>" in answer:
+        a, _, b = answer.rpartition("</think>")
+        return f"{reasoning} {a}".strip(), b.strip(), state
+    return reasoning, answer, state
+
+
+def select_vulnerable__unparsed_counts(records, verdicts):
+    """The official code: a verdict that cannot be parsed is unsafe."""
+    return [r for r, v in zip(records, verdicts, strict=True) if r.harmful and v != "safe"]
+
+
+def select_vulnerable__benign_counts(records, verdicts):
+    return [r for r, v in zip(records, verdicts, strict=True) if v == "unsafe"]
+
+
+def select_vulnerable__lenient_zip(records, verdicts):
+    return [r for r, v in zip(records, verdicts) if r.harmful and v == "unsafe"]
+
+
+def select_region__random_from_the_diagnostic_set(region, diagnostic, verdicts, pool, seed):
+    return gate.select_region(region, diagnostic, verdicts, diagnostic, seed)
+
+
+def select_region__random_of_all_sizes(region, diagnostic, verdicts, pool, seed):
+    return [r for r in pool if r.harmful] if region == "random" else gate.select_region(region, diagnostic, verdicts, pool, seed)
+
+
+def select_region__all_with_benign(region, diagnostic, verdicts, pool, seed):
+    return diagnostic if region == "all" else gate.select_region(region, diagnostic, verdicts, pool, seed)
+
+
+def select_region__unseeded(region, diagnostic, verdicts, pool, seed):
+    return gate.select_region(region, diagnostic, verdicts, pool, 0)
+
+
+def mix__with_replacement(groups, counts, seed):
+    rng = random.Random(seed)
+    out = [r for name, rs in groups.items() for r in rng.choices(rs, k=counts.get(name) or len(rs))]
+    rng.shuffle(out)
+    return out
+
+
+def mix__not_shuffled(groups, counts, seed):
+    return [r for name, rs in groups.items() for r in random.Random(seed).sample(rs, counts.get(name) or len(rs))]
+
+
+def mix__too_few_is_silent(groups, counts, seed):
+    return gate.mix(groups, {n: min(c, len(groups[n])) for n, c in counts.items()}, seed)
+
+
+def overlap__shared_over_shorter(prompts, trained, threshold=0.6):
+    def near(p):
+        return any(len(gate.words(p) & gate.words(t)) >= threshold * min(len(gate.words(p)), len(gate.words(t))) for t in trained)
+
+    return sum(p in trained for p in prompts), sum(p not in trained and near(p) for p in prompts)
+
+
+def overlap__exact_is_near_too(prompts, trained, threshold=0.6):
+    exact, near = gate.overlap(prompts, trained, threshold)
+    return exact, near + exact
+
+
+# policies
+def parse_categories__single_label(text, known=policies.POLICIES):
+    """The official code: "A, B" maps to nothing and falls back to one fixed policy."""
+    return (next((n for n in known if n.lower() == text.lower()), policies.CATEGORIES[0]),)
+
+
+def parse_categories__skips_the_unknown(text, known=policies.POLICIES):
+    return tuple(sorted((n for n in known if n.lower() in text.lower()), key=text.lower().find))
+
+
+def accept_trace__no_rejection(record, text, verdict, refused, finished):
+    """The official code: the rejection sampling of the figure is missing."""
+    return None
+
+
+def accept_trace__drops_refusals(record, text, verdict, refused, finished):
+    return "benign request refused" if refused else policies.accept_trace(record, text, verdict, refused, finished)
+
+
+def accept_trace__judges_benign_rows(record, text, verdict, refused, finished):
+    return "unsafe" if verdict == "unsafe" else policies.accept_trace(record, text, verdict, refused, finished)
+
+
+def accept_trace__unparsed_is_safe(record, text, verdict, refused, finished):
+    return policies.accept_trace(record, text, "safe" if verdict == "unparsed" else verdict, refused, finished)
+
+
+def accept_trace__cut_off_counts(record, text, verdict, refused, finished):
+    return policies.accept_trace(record, text, verdict, refused, True)
+
+
+# scoring
+def is_refusal__anywhere(text, convention="xstest"):
+    return any(p.lower() in text.lower().replace("\u2019", "'") for p in scoring.CONVENTIONS[convention])
+
+
+def is_refusal__plain_apostrophes_only(text, convention="xstest"):
+    return scoring.is_refusal(text.replace("\u2019", "`"), convention)
+
+
+def parse_verdict__substring(text):
+    return ("unsafe" if "unsafe" in text.lower() else "safe" if "safe" in text.lower() else "unparsed"), ()
+
+
+def parse_verdict__unparsed_is_unsafe(text):
+    verdict, codes = scoring.parse_verdict(text)
+    return "unsafe" if verdict == "unparsed" else verdict, codes
+
+
+def target_verdict__anywhere(record, answer):
+    return ("unsafe" if record.target.lower() in answer.lower() else "safe") if record.target else "unparsed"
+
+
+def target_verdict__no_target_is_safe(record, answer):
+    return "safe" if not record.target else scoring.target_verdict(record, answer)
+
+
+def wilson_interval__normal_approximation(hits, n, confidence=0.95):
+    if n == 0:
+        return 0.0, 1.0
+    p = hits / n
+    half = 1.96 * math.sqrt(p * (1 - p) / n)
+    return max(0.0, p - half), min(1.0, p + half)
+
+
+def wilson_interval__one_sided(hits, n, confidence=0.95):
+    return scoring.wilson_interval(hits, n, 2 * confidence - 1)
+
+
+def rate__third_value_is_a_miss(values, groups):
+    return {**scoring.rate([bool(v) for v in values], groups), "unparsed": values.count(None)}
+
+
+def rate__wilson_for_groups(values, groups):
+    return scoring.rate(values, [str(i) for i in range(len(values))])
+
+
+def overhead_reduction__raw(tokens, refusal, deliberative):
+    r = scoring.overhead_reduction(tokens, refusal, deliberative)
+    return r and {**r, "value": r["raw"]}
+
+
+def overhead_reduction__no_denominator_check(tokens, refusal, deliberative):
+    return scoring.overhead_reduction(tokens, refusal, deliberative) or {"value": 0.0}
+
+
+# tensors
+def merge_delta__scale_without_rank(W, A, B, rank, alpha, x):
+    """LLMs-from-scratch #821: the scale lacked 1/rank, and B = 0 hid it from the tests."""
+    return (W + alpha * B @ A) @ x
+
+
+def merge_delta__square_root_of_rank(W, A, B, rank, alpha, x):
+    return (W + alpha / rank**0.5 * B @ A) @ x
+
+
+def collate__no_shift(examples, device):
+    batch = batching.collate([Example(e.id, [*e.ids, 0], [*e.roles, 0], [*e.body, 0]) for e in examples], device)
+    return Batch(batch.inputs, batch.inputs, batch.roles, batch.body)
+
+
+def collate__roles_not_shifted(examples, device):
+    batch = batching.collate(examples, device)
+    return batch._replace(roles=torch.tensor([(e.roles[:-1] + [0] * 9)[: batch.inputs.shape[1]] for e in examples]))
+
+
+def collate__left_padding(examples, device):
+    return Batch(*(torch.stack([torch.roll(row, int((row == 0).sum())) for row in t]) for t in batching.collate(examples, device)))
+
+
+def encode_record__one_string(tokenizer, record, messages=None):
+    """Byte-pair merges cross the seams: the response encoded as one text gives other ids."""
+    example = batching.encode_record(tokenizer, record, messages)
+    start = example.roles.index(GATE)
+    text = "".join(t for t, _ in gate.response_pieces(record))
+    ids = example.ids[:start] + tokenizer.encode(text) + [tokenizer.end_id]
+    return Example(example.id, ids, example.roles, example.body)
+
+
+def encode_record__no_end_token(tokenizer, record, messages=None):
+    e = batching.encode_record(tokenizer, record, messages)
+    return Example(e.id, e.ids[:-1], e.roles[:-1], e.body[:-1])
+
+
+def encode_record__no_gate_on_direct_rows(tokenizer, record, messages=None):
+    e = batching.encode_record(tokenizer, record, messages)
+    return Example(e.id, e.ids, e.roles if record.reasoning else [ANSWER if r == GATE else r for r in e.roles], e.body)
+
+
+def encode_record__ignores_the_teachers_view(tokenizer, record, messages=None):
+    return batching.encode_record(tokenizer, record)
+
+
+def batches__drops_the_last(lengths, batch_size, batch_tokens, seed, epoch):
+    return [s for s in batching.batches(lengths, batch_size, batch_tokens, seed, epoch) if sum(map(len, s)) == batch_size]
+
+
+def batches__same_every_epoch(lengths, batch_size, batch_tokens, seed, epoch):
+    return batching.batches(lengths, batch_size, batch_tokens, seed, 0)
+
+
+def batches__budget_without_padding(lengths, batch_size, batch_tokens, seed, epoch):
+    out = []
+    for step in batching.batches(lengths, batch_size, 1, seed, epoch):
+        micro = [[]]
+        for (i,) in step:
+            if micro[-1] and sum(lengths[j] for j in micro[-1]) + lengths[i] > batch_tokens:
+                micro.append([])
+            micro[-1].append(i)
+        out.append(micro)
+    return out
+
+
+def batches__one_row_each(lengths, batch_size, batch_tokens, seed, epoch):
+    return batching.batches(lengths, batch_size, 1, seed, epoch)
+
+
+def sample__temperature_multiplies(logits, temperature, top_p, uniform):
+    return sample(logits, 1 / temperature if temperature else 0, top_p, uniform)
+
+
+def sample__top_p_ignored(logits, temperature, top_p, uniform):
+    return sample(logits, temperature, 1.0, uniform)
+
+
+def sample__top_p_excludes_the_one_that_reaches_it(logits, temperature, top_p, uniform):
+    return sample(logits, temperature, 0.6 if top_p < 1 else 1.0, uniform)
+
+
+def learning_rate__no_warmup(step, steps, peak, warmup):
+    return run.learning_rate(step, steps, peak, 0.0)
+
+
+def learning_rate__starts_at_zero(step, steps, peak, warmup):
+    """The first step is lost, and a run of one step learns nothing."""
+    ramp = max(1, round(warmup * steps))
+    return peak * step / ramp if step < ramp else run.learning_rate(step, steps, peak, warmup)
+
+
+def learning_rate__linear_decay(step, steps, peak, warmup):
+    ramp = max(1, round(warmup * steps))
+    return run.learning_rate(step, steps, peak, warmup) if step < ramp else peak * (1 - (step - ramp) / max(1, steps - ramp))

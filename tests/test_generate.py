@@ -1,0 +1,69 @@
+import pytest
+import torch
+
+from ease import generate as module
+from ease.gate import THINK_OPEN
+from ease.generate import gate_probability, generate, row_uniforms
+from tests.checks import verify
+from tests.tiny import TOKENIZER, VOCAB, tiny_model
+
+MODEL = tiny_model()
+PROMPTS = [[(7 * i + j * j) % VOCAB for j in range(3 + (5 * i) % 11)] for i in range(9)]
+
+
+def greedy_alone(prompt: list[int], n: int, stop: frozenset[int]) -> tuple[list[int], bool]:
+    """The oracle: recompute everything for every token."""
+    ids = list(prompt)
+    for _ in range(n):
+        new = int(MODEL(torch.tensor([ids]))[0, -1].argmax())
+        if new in stop:
+            return ids[len(prompt) :], True
+        ids.append(new)
+    return ids[len(prompt) :], False
+
+
+def test_sample():
+    verify(module, "sample")
+
+
+@pytest.mark.parametrize("slots", [1, 4, 64])
+def test_greedy_equals_recomputation_in_any_number_of_slots(slots):
+    common = [t for p in PROMPTS for t in greedy_alone(p, 12, frozenset())[0]]
+    stop = frozenset([max(set(common), key=common.count)])  # a token that does occur, so rows end at different lengths
+    found = generate(MODEL, PROMPTS, 12, stop, slots=slots)
+    wanted = [greedy_alone(p, 12, stop) for p in PROMPTS]
+    assert [(g.ids, g.finished) for g in found] == wanted
+    assert len({len(ids) for ids, _ in wanted}) > 1 and {f for _, f in wanted} == {True, False}  # the case is a real one
+    assert all(g.seconds > 0 for g in found)
+
+
+def test_marker_gives_the_gate_probability_and_changes_nothing_else():
+    marker = TOKENIZER.encode(THINK_OPEN)
+    found, plain = (generate(MODEL, PROMPTS, 6, frozenset(), marker=m, slots=4) for m in (marker, None))
+    assert [g.ids for g in found] == [g.ids for g in plain] and all(g.gate != g.gate for g in plain)  # nan without marker
+    for g, prompt in zip(found, PROMPTS):
+        p = MODEL(torch.tensor([prompt + marker]))[0].softmax(-1)
+        wanted = 1.0
+        for i, token in enumerate(marker):
+            wanted *= float(p[len(prompt) - 1 + i, token])
+        assert g.gate == pytest.approx(wanted, rel=1e-4)
+    assert gate_probability(MODEL, PROMPTS, marker) == pytest.approx([g.gate for g in found], rel=1e-4)
+
+
+def test_sampled_rows_depend_on_seed_and_row_not_on_the_batch():
+    one = [g.ids for g in generate(MODEL, PROMPTS, 8, frozenset(), temperature=1.0, seed=5, slots=2)]
+    assert one == [g.ids for g in generate(MODEL, PROMPTS, 8, frozenset(), temperature=1.0, seed=5, slots=9)]
+    assert one != [g.ids for g in generate(MODEL, PROMPTS, 8, frozenset(), temperature=1.0, seed=6, slots=9)]
+    same = generate(MODEL, [PROMPTS[0]] * 4, 8, frozenset(), temperature=1.0, seed=5)
+    assert len({tuple(g.ids) for g in same}) > 1  # equal prompts are sampled independently
+
+
+def test_uniforms():
+    u = row_uniforms(1, 2, 10000)
+    assert torch.equal(u, row_uniforms(1, 2, 10000)) and not torch.equal(u, row_uniforms(2, 1, 10000))
+    assert 0 <= u.min() and u.max() < 1 and abs(u.mean() - 0.5) < 0.02
+
+
+def test_no_prompts_and_one_token():
+    assert generate(MODEL, [], 5, frozenset()) == []
+    assert [len(g.ids) for g in generate(MODEL, PROMPTS, 1, frozenset())] == [1] * 9

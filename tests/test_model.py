@@ -1,0 +1,83 @@
+import pytest
+import torch
+
+from ease.model import KVCache, ModelConfig, rope_frequencies
+from ease.records import UserError
+from tests.tiny import SIZES, VOCAB, tiny_model
+
+IDS = torch.randint(0, VOCAB, (3, 17), generator=torch.Generator().manual_seed(1))
+
+
+def config(**changes) -> ModelConfig:
+    return ModelConfig.from_json({**SIZES, "model_type": "llama", **changes})
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"model_type": "gemma"}, "model_type 'gemma' is not supported; supported: llama"), ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rope_type 'yarn' is not supported; supported: default, linear, llama3"),
+    ({"rope_scaling": {"type": "dynamic", "factor": 4}}, "rope_type 'dynamic'"), ({"rope_scaling": {"type": "linear"}}, "needs field 'factor'"),
+    ({"use_sliding_window": True}, "sliding"), ({"partial_rotary_factor": 0.5}, "partial_rotary_factor")])
+def test_what_is_not_implemented_is_refused_by_name(changes, message):
+    with pytest.raises(UserError, match=message):
+        config(**changes)
+
+
+def test_missing_field():
+    with pytest.raises(UserError, match="hidden_size"):
+        ModelConfig.from_json({k: v for k, v in SIZES.items() if k != "hidden_size"} | {"model_type": "llama"})
+
+
+def test_both_rope_forms_and_derived_sizes():
+    new = config(rope_parameters={"rope_type": "linear", "rope_theta": 7.0, "factor": 2.0}, rope_theta=5.0)
+    assert new.rope == {"rope_type": "linear", "rope_theta": 7.0, "factor": 2.0}  # rope_parameters goes first
+    old = config(rope_theta=7.0, rope_scaling={"type": "linear", "factor": 2.0})
+    assert old.rope == new.rope
+    assert config(head_dim=None, hidden_size=24).head_dim == 4 and config(num_key_value_heads=None).num_key_value_heads == 6
+    assert config(model_type="qwen2").qkv_bias and not config(model_type="qwen2").o_bias
+    assert config(attention_bias=True).qkv_bias and config(attention_bias=True).o_bias and not config().qkv_bias
+
+
+def test_llama3_frequencies_keep_short_waves_and_stretch_long_ones():
+    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192}
+    plain = rope_frequencies({"rope_type": "default", "rope_theta": 500000.0}, 64, "cpu")
+    ratio = rope_frequencies(rope, 64, "cpu") / plain
+    assert torch.allclose(ratio[:10], torch.ones(10)) and torch.allclose(ratio[-5:], torch.full((5,), 1 / 8))
+    assert ((ratio[1:] - ratio[:-1]) <= 1e-6).all() and ((ratio > 0.2) & (ratio < 0.9)).any()  # a blend in between
+
+
+def test_causal_and_blind_to_right_padding():
+    model = tiny_model()
+    full = model(IDS)
+    changed = IDS.clone()
+    changed[:, 9:] = 0
+    assert torch.allclose(model(changed)[:, :9], full[:, :9], atol=1e-5)
+    assert not torch.allclose(model(changed)[:, 9:], full[:, 9:], atol=1e-2)
+
+
+def test_rows_and_positions_matter():
+    out = tiny_model()(torch.tensor([[5, 6, 5, 6], [6, 5, 6, 5]]))
+    assert not torch.allclose(out[0, 0], out[0, 2], atol=1e-3) and not torch.allclose(out[0, -1], out[1, -1], atol=1e-3)
+
+
+def test_cache_equals_full_forward():
+    """Prefill of unequal rows into slots out of order, then one token at a time, against the whole sequence at once."""
+    model, full = tiny_model(), tiny_model()(IDS)
+    cache = KVCache(model.config, 5, 20, torch.float32, torch.device("cpu"))
+    cache.k.fill_(9.0), cache.v.fill_(9.0)  # what an earlier row left behind
+    slots, lengths = torch.tensor([4, 0, 2]), torch.tensor([7, 3, 5])
+    first = model.logits(model.hidden(IDS[:, :7], cache, slots, torch.arange(7).expand(3, 7), span=7))
+    for b, n in enumerate(lengths):
+        assert torch.allclose(first[b, :n], full[b, :n], atol=1e-4)
+    for step in range(6):
+        at = lengths + step
+        out = model.logits(model.hidden(IDS[torch.arange(3), at][:, None], cache, slots, at[:, None], span=int(at.max()) + 1))
+        assert torch.allclose(out[:, 0], full[torch.arange(3), at], atol=1e-4)
+
+
+def test_cache_positions_beyond_the_row_are_not_seen():
+    model = tiny_model()
+    cache = KVCache(model.config, 1, 20, torch.float32, torch.device("cpu"))
+    model.hidden(IDS[:1, :12], cache, torch.tensor([0]), torch.arange(12)[None], span=12)
+    out = model.hidden(IDS[:1, 4:5], cache, torch.tensor([0]), torch.tensor([[4]]), span=12)  # rewinds to position 4
+    assert torch.allclose(out[0, 0], model.hidden(IDS[:1, :5])[0, 4], atol=1e-4)

@@ -1,0 +1,136 @@
+"""Live parity with transformers and peft, fp32, tiny random models of unequal sizes."""
+
+import json
+
+import peft
+import pytest
+import torch
+import transformers
+
+from ease.generate import generate
+from ease.loading import load_model, load_tokenizer, save_model
+from ease.lora import add_lora, load_adapter, lora_state, merge_lora, save_adapter
+from ease.losses import cross_entropy_sum
+from tests.tiny import TOKENIZER, VOCAB, tiny_folder
+
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+CASES = {
+    "llama": ("llama", {}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-linear-rope": ("llama", {"rope_scaling": {"type": "linear", "factor": 3.0}}),
+    "llama-llama3-rope": ("llama", {"rope_scaling": LLAMA3}),
+    "llama-derived-head-dim-no-groups": ("llama", {"head_dim": None, "hidden_size": 36, "num_key_value_heads": None}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2-linear-rope": ("qwen2", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+}
+IDS = torch.randint(0, VOCAB, (3, 90), generator=torch.Generator().manual_seed(2))
+
+
+def oracle(path):
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_logits(tmp_path, case):
+    """Our folder in transformers, and the folder that transformers writes of it in ours."""
+    tiny_folder(tmp_path / "ours", CASES[case][0], **CASES[case][1])
+    theirs, ours = oracle(tmp_path / "ours"), load_model(str(tmp_path / "ours"))
+    wanted = theirs(IDS).logits
+    assert (ours(IDS) - wanted).abs().max() < 1e-4 and wanted.std() > 0.3  # not a comparison of zeros
+    theirs.save_pretrained(tmp_path / "theirs")
+    back = load_model(str(tmp_path / "theirs"))
+    assert torch.equal(back(IDS), ours(IDS))
+    assert "rope_parameters" in json.loads((tmp_path / "theirs/config.json").read_text())  # the new form was read
+
+
+@pytest.mark.parametrize("case", ["llama-llama3-rope", "qwen2-tied"])
+@torch.no_grad()
+def test_what_save_model_writes(tmp_path, case):
+    model = tiny_folder(tmp_path / "a", CASES[case][0], **CASES[case][1])
+    save_model(load_model(str(tmp_path / "a")), TOKENIZER, tmp_path / "b")
+    assert (oracle(tmp_path / "b")(IDS).logits - model(IDS)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+@torch.no_grad()
+def test_masked_loss(tmp_path, model_type):
+    tiny_folder(tmp_path, model_type)
+    ours, keep = load_model(str(tmp_path)), torch.rand(IDS.shape, generator=torch.Generator().manual_seed(0)) < 0.3
+    keep[:, 0] = False
+    wanted = oracle(tmp_path)(IDS, labels=torch.where(keep, IDS, -100)).loss
+    mask = keep[:, 1:]
+    loss = cross_entropy_sum(ours.logits(ours.hidden(IDS[:, :-1])[mask]), IDS[:, 1:][mask]) / mask.sum()
+    assert abs(loss - wanted) < 1e-5 * wanted
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_greedy_continuations(tmp_path, model_type):
+    """20 prompts x 32 tokens, batched in refilled slots, batched whole and one by one, against generate()."""
+    tiny_folder(tmp_path, model_type)
+    ours, theirs = load_model(str(tmp_path)), oracle(tmp_path)
+    prompts = [IDS[i % 3, i : i + 2 + (i * 7) % 25].tolist() for i in range(20)]
+    config = transformers.GenerationConfig(max_new_tokens=32, do_sample=False, eos_token_id=TOKENIZER.end_id, pad_token_id=TOKENIZER.end_id)
+    wanted = []
+    for p in prompts:
+        new = theirs.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p), dtype=torch.long), generation_config=config)[0, len(p) :].tolist()
+        wanted.append(new[: new.index(TOKENIZER.end_id)] if TOKENIZER.end_id in new else new)
+    stop = frozenset([TOKENIZER.end_id])
+    for slots in (1, 6, 20):
+        assert [g.ids for g in generate(ours, prompts, 32, stop, slots=slots)] == wanted, slots
+    assert [generate(ours, [p], 32, stop)[0].ids for p in prompts] == wanted
+    assert len({tuple(w[-4:]) for w in wanted}) > 5  # the model does not say one thing
+
+
+def trained_adapter(model, targets):
+    add_lora(model, 4, 12.0, targets)
+    for i, p in enumerate(lora_state(model).values()):
+        p.data.normal_(0, 0.15, generator=torch.Generator().manual_seed(i))  # B is not zero
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+@torch.no_grad()
+def test_our_adapter_in_peft_and_our_merged_folder(tmp_path, model_type):
+    model = tiny_folder(tmp_path / "base", model_type)
+    plain = model(IDS)
+    trained_adapter(model, ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "lm_head"])
+    wanted = model(IDS)
+    save_adapter(model, tmp_path / "adapter", "base")
+    theirs = peft.PeftModel.from_pretrained(oracle(tmp_path / "base"), tmp_path / "adapter")
+    assert (theirs(IDS).logits - wanted).abs().max() < 1e-4 < 1e-1 < (wanted - plain).abs().max()
+    save_model(merge_lora(model), TOKENIZER, tmp_path / "merged")
+    assert (oracle(tmp_path / "merged")(IDS).logits - wanted).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("settings", [
+    {"target_modules": ["q_proj", "up_proj"]}, {"target_modules": r".*layers\.1\..*(k|v)_proj"}, {"target_modules": "all-linear"},
+    {"target_modules": ["k_proj"], "use_rslora": True}])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+@torch.no_grad()
+def test_pefts_adapter_here(tmp_path, model_type, settings):
+    ours = tiny_folder(tmp_path / "base", model_type)
+    plain = ours(IDS)
+    theirs = peft.get_peft_model(oracle(tmp_path / "base"), peft.LoraConfig(r=5, lora_alpha=15, **settings))
+    for i, (name, p) in enumerate(theirs.named_parameters()):
+        if "lora_" in name:
+            p.normal_(0, 0.3, generator=torch.Generator().manual_seed(i))
+    theirs.save_pretrained(tmp_path / "adapter")
+    load_adapter(ours, tmp_path / "adapter")
+    assert (ours(IDS) - theirs(IDS).logits).abs().max() < 1e-4 < 1e-1 < (ours(IDS) - plain).abs().max()
+
+
+TEXTS = ["how do i paint the car?", "  two  spaces\n\nand lines\n", "héllo 数学", "join s t e a l", "I'm sorry, but I cannot help with that.", "<think>\nx\n</think>\n\n"]
+
+
+@pytest.mark.parametrize("system", [None, "be brief."])
+def test_prompt_ids(tmp_path, system):
+    tiny_folder(tmp_path)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(str(tmp_path))
+    for text in TEXTS:
+        messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": text}]
+        wanted = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        assert ours.encode_prompt(messages) == wanted
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    assert ours.encode_prompt(turns) == theirs.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)

@@ -1,0 +1,48 @@
+from ease.report import glance, markdown_report, percent, table, with_bounds
+
+R = {"value": 0.25, "low": 0.1, "high": 0.5, "n": 8, "unparsed": 0}
+
+
+def kind(asr=None, tokens=10.0, n=8):
+    return {"n": n, "asr": {"j": asr} if asr else {}, "refusal_rate": R, "accuracy": None, "reasoning_rate": R, "reasoning_rate_vulnerable": None,
+            "unclosed": 2, "tokens": {"reasoning": 1.0, "answer": 2.0, "total": tokens}, "seconds_per_prompt": 0.1, "gate_mean": 0.5}
+
+
+SUMMARY = {
+    "systems": {"base": {"model": "m", "adapter": "", "training": {}, "kinds": {"adversarial_harmful": kind(R), "benign": kind(n=24, tokens=30.0)}},
+                "ease": {"model": "m", "adapter": "a", "training": {"steps": 7}, "kinds": {"adversarial_harmful": kind(R | {"unparsed": 2})}}},
+    "overhead_reduction": {"ease": {"plain": R | {"value": 0.9}, "all": None}}, "breakdown": {"attack": {"spell": {"base": R, "ease": R}}, "source": {}},
+    "agreement": {"k": {a: {b: 3 if a == b == "safe" else 0 for b in ("safe", "unsafe", "unparsed")} for a in ("safe", "unsafe", "unparsed")}},
+    "settings": {"judges": ["j", "k"], "decoding": "greedy"}}
+SUMMARY["systems"]["base"]["kinds"]["adversarial_harmful"]["asr"]["k"] = R
+SUMMARY["systems"]["ease"]["kinds"]["adversarial_harmful"]["asr"]["k"] = R
+
+
+def test_cells():
+    assert percent(R) == "25.0" and percent(R, True) == "25.0 [10, 50]" and percent(None) == percent(R | {"value": None}) == "-"
+    assert with_bounds(R) == "25.0 [10, 50]" and with_bounds(R | {"unparsed": 2}) == "25.0 [10, 50] (20.0 .. 40.0)"  # 2/10 .. 4/10
+
+
+def test_table_is_markdown_of_equal_widths():
+    lines = table(["name", "x"], [["a", "12345"], ["long name", "1"]]).splitlines()
+    assert lines[0].startswith("| name ") and lines[1].endswith(":|") and len({len(line) for line in lines}) == 1
+
+
+def cells(text, name):
+    return [c.strip() for c in next(line for line in text.splitlines() if line.startswith(f"| {name} ")).split("|")[1:-1]]
+
+
+def test_glance():
+    text = glance(SUMMARY)
+    header, base, ease = cells(text, "system"), cells(text, "base"), cells(text, "ease")
+    assert base[header.index("ASR")] == "25.0" and base[header.index("tok plain")] == "30.0" and base[header.index("tok all")] == "25.0"
+    assert ease[header.index("cut plain")] == "90.0" and ease[header.index("cut all")] == "-" and "ASR by j" in text
+    assert "utility" not in header  # no column without a number
+    assert cells(text, "judge") == ["judge", "safe / safe"]
+
+
+def test_report_has_every_part():
+    text = markdown_report(SUMMARY)
+    for part in ("## adversarial_harmful", "## benign", "## ASR on adversarial harmful prompts, by attack", "## Systems", "(20.0 .. 40.0)"):
+        assert part in text
+    assert "## harmful" not in text and "by source" not in text

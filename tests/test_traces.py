@@ -1,0 +1,41 @@
+from ease import traces
+from ease.generate import Generation
+from ease.policies import INSTRUCTION, POLICIES
+from ease.records import Record
+from ease.scoring import keyword_verdict
+from ease.traces import join_traces, rejection_sample
+from tests.tiny import TOKENIZER
+
+GOOD = "<think>\nthe request is bad.\n</think>\n\nI'm sorry, but I cannot help with that."
+
+
+def test_rejection_sampling(monkeypatch):
+    """Three attempts: "a" is good at once, "b" at the third, "c" never; every rejected sample is kept with its reason."""
+    script = [{"a": GOOD, "b": "no block", "c": "<think>\nx"}, {"b": GOOD.replace("I'm sorry, but I cannot", "Sure, I can"), "c": "no block"},
+              {"b": GOOD, "c": GOOD}]
+    seeds = []
+
+    def generate(model, prompts, max_new_tokens, stop_ids, temperature, top_p, seed, **more):
+        texts, attempt = list(script[len(seeds)].values()), len(seeds)
+        seeds.append(seed)
+        assert len(prompts) == len(texts)  # only what is still without a trace is asked again
+        assert all("the policy" not in TOKENIZER.decode(p) and POLICIES["Self-Harm"] in TOKENIZER.decode(p) for p in prompts)
+        return [Generation(TOKENIZER.encode(t), finished=not (attempt == 2 and i == 1)) for i, t in enumerate(texts)]
+
+    monkeypatch.setattr(traces, "generate", generate)
+    records = [Record(k, f"{k}?", "harmful", categories=("Self-Harm",)) for k in "abc"]
+    accepted, rejected = rejection_sample(None, TOKENIZER, lambda rs, answers: [keyword_verdict(a, "xstest") for a in answers], records,
+                                          ("think.", POLICIES), 3, 50, 0.7, 1.0, 10, 8)
+    assert [(r.id, r.reasoning, r.response[:9]) for r in accepted] == [("a", "the request is bad.", "I'm sorry"), ("b", "the request is bad.", "I'm sorry")]
+    assert [(r["id"], r["attempt"], r["reason"]) for r in rejected] == [
+        ("b", 1, "no think block"), ("c", 1, "think block unclosed"), ("b", 2, "harmful request, answer judged unsafe"),
+        ("c", 2, "no think block"), ("c", 3, "cut off")]
+    assert seeds == [10, 11, 12] and INSTRUCTION  # another seed each time, or the same sample would come again
+
+
+def test_join_is_on_the_underlying_request():
+    stored = [Record("1", "plain", "harmful", "no.", "why"), Record("2", "x", "harmful", "no.", "")]
+    wrapped = [Record("w1", "wrapped", "adversarial_harmful", group="1"), Record("w2", "y", "adversarial_harmful", group="2"), Record("1", "z", "harmful")]
+    out = join_traces(wrapped, stored)
+    assert [(r.id, r.prompt, r.kind, r.reasoning, r.response) for r in out] == [
+        ("w1", "wrapped", "adversarial_harmful", "why", "no."), ("1", "z", "harmful", "why", "no.")]  # w2's has no reasoning: left out
