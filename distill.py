@@ -43,7 +43,7 @@ class Config:
     prompts: str = ""  # phase-1 prompts with categories, for the teacher
     traces: str = ""  # stored traces instead (records with reasoning and response, or STAR-1)
     policies: str = ""  # JSON with the teacher's instruction and policy texts; default: policies.py
-    judge: str = "xstest"  # who says that a harmful prompt's answer is safe: a keyword list, target, or a guard model
+    judge: str = "xstest"  # is a harmful prompt's answer safe? a guard model, target, or a refusal list (which drops safe answers that do not refuse)
     max_traces: int = 0  # use at most this many stored traces, drawn by the seed (0 = all)
     held_out: int = 0  # keep this many traces out of training and report their NLL before and after
     # the teacher's sampling (official: T 0.7, top_p 1, 2048 new tokens)
@@ -79,8 +79,8 @@ def get_traces(cfg: Config, run: Path, teacher: CausalLM | None, tokenizer: Toke
     """Steps 1 and 2: accepted traces, from the file or from the teacher. Rejected samples stand in rejected.jsonl."""
     if cfg.traces:
         traces = [r for r in read_named(cfg.traces) if r.reasoning and r.response]
-        if cfg.max_traces and cfg.max_traces + cfg.held_out < len(traces):
-            traces = random.Random(f"traces {cfg.seed}").sample(traces, cfg.max_traces + cfg.held_out)
+        wanted = cfg.max_traces + cfg.held_out if cfg.max_traces else len(traces)
+        traces = random.Random(f"traces {cfg.seed}").sample(traces, min(wanted, len(traces)))
         print(f"{len(traces)} stored traces from {cfg.traces}")
         return traces
 
@@ -156,6 +156,8 @@ def main(cfg: Config) -> None:
         teacher, teacher_tokenizer = load_model(cfg.teacher, dtype=dtype, device=device), load_tokenizer(cfg.teacher)
 
     records = get_traces(cfg, run, teacher, teacher_tokenizer, dtype, device)
+    if cfg.held_out >= len(records):
+        raise UserError(f"--held_out {cfg.held_out} leaves none of the {len(records)} traces to train on")
     write_jsonl(run / "held_out.jsonl", records[: cfg.held_out])
     examples = encode_records(tokenizer, records[cfg.held_out :], cfg.max_length)
     held_out = encode_records(tokenizer, records[: cfg.held_out], cfg.max_length) if cfg.held_out else []

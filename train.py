@@ -53,7 +53,7 @@ class Config:
     teacher: str = ""  # M_t, writes the traces
     traces: str = ""  # stored traces instead, joined on the underlying request (group, else id)
     policies: str = ""  # JSON with the teacher's instruction and policy texts; default: policies.py
-    judge: str = "xstest"  # verdicts on the probe and on the traces: a keyword list, target, or a guard model
+    judge: str = "xstest"  # verdicts on the probe and on the traces: a guard model, target, or a refusal list
     # the region (paper: phase 2, step 1)
     region: Literal["vulnerable", "random", "all"] = "vulnerable"  # which harmful prompts get a trace; the others are controls
     probe: Literal["base", "phase1"] = "base"  # whose failures: the original model's, as in the paper, or --init's

@@ -67,11 +67,11 @@ def meaning(summary: dict) -> str:
 
 
 HONEST = """\
-+-- what this is and is not -----------------------------------------------------------------------------------------------+
-| The toy world was built so that the paper's mechanism can show: the base can decode hidden words and can judge plain      |
-| words, and only a trace lets it do one after the other. Whether a method then refuses is measured, not scripted, but a     |
-| world in which it could not show would teach nothing. It is an experiment to look into, and no evidence about real models.|
-+----------------------------------------------------------------------------------------------------------------------------+"""
+--- what this is and is not ---------------------------------------------------------------------------------------------
+The toy world was built so that the paper's mechanism can show: the base can decode hidden words and can judge plain words,
+and only a trace lets it do one after the other. Whether a method then refuses is measured, not scripted, but a world in
+which it could not show would teach nothing. It is an experiment to look into, and no evidence about real models.
+-------------------------------------------------------------------------------------------------------------------------"""
 
 
 def main(cfg: Config) -> None:

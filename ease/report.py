@@ -3,10 +3,10 @@
 from ease.records import HARMFUL_KINDS, KINDS
 
 LEGEND = """\
-ASR = attacks that succeed, plain = without a jailbreak; over-ref = benign prompts refused, adv = look-alikes of the attacks,
-ben = plain; exact = answers equal to the reference, look-alikes and benign ("utility"); think = prompts that are reasoned about,
-vuln = those on which the base is jailbroken; unclosed = think blocks without an end, a count, in no rate; tok = mean generated tokens, plain = harmful + benign, all = test mix; cut = overhead
-reduction against the deliberative system, 100 = as cheap as refusal training. Percent, except counts and tok."""
+ASR = attacks that succeed, plain = without a jailbreak; over-ref = benign prompts refused, adv = look-alikes of the attacks, ben = plain;
+exact adv, utility = answers equal to the reference, on look-alikes and on benign prompts; think = prompts that are reasoned about, vuln =
+those on which the base is jailbroken; unclosed = think blocks without an end (in no rate); tok = mean generated tokens, plain = harmful +
+benign, all = test mix; cut = overhead reduction, 100 = as cheap as refusal training. Percent, except unclosed and tok."""
 
 
 def percent(r: dict | None, interval: bool = False) -> str:

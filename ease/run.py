@@ -79,9 +79,12 @@ def fail(message: str) -> int:
 
 
 def sha256(path: str | Path) -> str:
-    """Hash of a file, or of a folder's config.json."""
-    path = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    """Hash of a file; of a model or adapter folder: of its weights and configuration. "" for what is no path."""
+    path, digest = Path(path), hashlib.sha256()
+    for file in [path] if path.is_file() else sorted([*path.glob("*config.json"), *path.glob("*.safetensors")]):
+        with open(file, "rb") as f:
+            digest.update(hashlib.file_digest(f, "sha256").digest())
+    return digest.hexdigest() if path.exists() else ""
 
 
 def git_hash() -> str:

@@ -82,6 +82,13 @@ def test_a_run_folder_belongs_to_one_configuration(tmp_path):
         open_run(Config(str(tmp_path / "r")), [str(data)], "cpu", "float32")
 
 
+def test_hash_of_a_folder_sees_its_weights(tmp_path):
+    (tmp_path / "config.json").write_text("{}"), (tmp_path / "model.safetensors").write_text("1")
+    before = run.sha256(tmp_path)
+    (tmp_path / "model.safetensors").write_text("2")
+    assert before != run.sha256(tmp_path) and run.sha256(tmp_path / "nowhere") == ""
+
+
 def test_a_stage_runs_once(tmp_path):
     calls = []
 

@@ -246,6 +246,7 @@ def test_mistakes_in_distill(runs, world, tmp_path):
     (broken / "tokenizer.json").write_text(json.dumps(tokenizer))
     for changes, message in [
         ({"teacher": "", "prompts": ""}, "give --traces FILE"), ({"teacher": "", "traces": world.prompts}, "needs a --teacher"),
+        ({"traces": str(runs.out / "phase1/traces.jsonl"), "held_out": 999}, "--held_out 999 leaves none"),
         ({"judge": "xstest", "attempts": 1, "max_new_tokens": 1}, "no trace of teacher .* was accepted"),
         ({"teacher": str(broken), "traces": str(runs.out / "phase1/traces.jsonl")}, "tokenizers of --model and --teacher differ"),
     ]:
