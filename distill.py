@@ -19,8 +19,8 @@ import torch
 from tqdm import tqdm
 
 from ease.batching import Example, batches, collate, encode_record, encode_records, preview
-from ease.judge import load_judge
-from ease.loading import (load_model, load_tokenizer, load_trainable, load_weights, pick_device, pick_dtype, save_model,
+from ease.judge import check_judge, load_judge
+from ease.loading import (load_model, load_tokenizer, load_trainable, load_weights, pick_device, pick_dtype, resolve, save_model,
                           save_weights)
 from ease.lora import merge_lora
 from ease.losses import cross_entropy_sum, kl_divergence_sum, sum_over_chunks
@@ -28,8 +28,7 @@ from ease.model import CausalLM
 from ease.policies import load_policies, teacher_messages
 from ease.readers import read_named
 from ease.records import Record, UserError, write_jsonl, write_text
-from ease.run import (command_line, finish, is_done, learning_rate, load_state, log, make_optimizer, newest_first, open_run,
-                      optimizer_step, save_state, stage, stop_if_not_finite)
+from ease.run import (command_line, finish, is_done, learning_rate, log, make_optimizer, open_run, optimizer_step, resume, save_state, stage, stop_if_not_finite)
 from ease.tokenizer import Tokenizer
 from ease.traces import rejection_sample
 
@@ -143,14 +142,17 @@ def main(cfg: Config) -> None:
         raise UserError("give --traces FILE, or --teacher MODEL and --prompts FILE")
     if cfg.kl_weight and not cfg.teacher:
         raise UserError("--kl_weight above 0 needs a --teacher that shares the model's tokenizer; stored traces alone need --kl_weight 0")
-    if is_done(run):
-        return
+    for name in (cfg.model, cfg.teacher or cfg.model):
+        resolve(name)
+    check_judge(cfg.judge)
     started, device = time.time(), pick_device(cfg.device)
     torch.manual_seed(cfg.seed)
     dtype = pick_dtype(cfg.dtype, device)
+    open_run(cfg, [p for p in (cfg.model, cfg.teacher, cfg.prompts, cfg.traces, cfg.policies) if p], device, str(dtype))
+    if is_done(run):
+        return
     tokenizer = load_tokenizer(cfg.model)
     model, base = load_trainable(cfg.model, "", cfg.lora_rank, cfg.lora_alpha, list(cfg.lora_targets), cfg.seed, dtype, device)
-    open_run(cfg, [p for p in (cfg.model, cfg.teacher, cfg.prompts, cfg.traces, cfg.policies) if p], device, str(dtype))
     teacher, teacher_tokenizer = None, None
     if cfg.teacher:
         teacher, teacher_tokenizer = load_model(cfg.teacher, dtype=dtype, device=device), load_tokenizer(cfg.teacher)
@@ -167,14 +169,12 @@ def main(cfg: Config) -> None:
         teacher = None
     views = teacher_view(cfg, teacher_tokenizer, {r.id: r for r in records}, examples) if teacher else examples
 
-    optimizer, start = make_optimizer(model, cfg.weight_decay), 0
+    optimizer = make_optimizer(model, cfg.weight_decay)
     lengths = [max(len(e.ids), len(v.ids)) for e, v in zip(examples, views)]
     per_epoch = -(-len(examples) // cfg.batch_size)
     steps = cfg.steps or max(1, round(cfg.epochs * per_epoch))
     before = mean_nll(model, held_out, device) if held_out else None
-    if checkpoints := newest_first(run):
-        load_weights(model, checkpoints[0])
-        start = load_state(checkpoints[0], model, optimizer)
+    start = resume(run, model, optimizer, lambda folder: load_weights(model, folder))
 
     bar = tqdm(range(start, steps), desc="phase 1", initial=start, total=steps)
     for step in bar:
@@ -203,7 +203,7 @@ def main(cfg: Config) -> None:
     if held_out:
         after = mean_nll(model, held_out, device)
         print(f"NLL per token on {len(held_out)} held-out traces: {before:.4f} before, {after:.4f} after")
-        log(run, held_out_nll_before=before, held_out_nll_after=after)
+        log(run, step=steps, held_out_nll_before=before, held_out_nll_after=after)
     if cfg.merged and cfg.lora_rank:
         save_model(merge_lora(model), tokenizer, run / "model")
     finish(run, started, steps=steps, rows=len(examples))

@@ -19,7 +19,7 @@ import torch
 
 from ease.gate import THINK_OPEN, UNCLOSED, overlap, split_reasoning
 from ease.generate import generate
-from ease.judge import load_judge
+from ease.judge import check_judge, load_judge
 from ease.loading import load_model, load_tokenizer, pick_device, pick_dtype
 from ease.lora import merge_lora
 from ease.readers import read_named
@@ -158,9 +158,8 @@ def main(cfg: Config) -> None:
         if (name := getattr(cfg, flag)) and name not in systems:
             raise UserError(f"--{flag} {name!r} is none of the --systems ({', '.join(systems)})")
     run, started = Path(cfg.out), time.time()
-    if not cfg.score_only and is_done(run):
-        print(glance(json.loads((run / "summary.json").read_text(encoding="utf-8"))))
-        return
+    for name in cfg.judge:
+        check_judge(name)  # a mistyped name must not cost the generation
     dtype = pick_dtype(cfg.dtype, device)
     if cfg.score_only:
         by_system = {name: [row for _, row in read_lines(run / f"rows-{name}.jsonl")] for name in systems}
@@ -168,6 +167,9 @@ def main(cfg: Config) -> None:
         records = [r for path in cfg.prompts for r in read_named(path)[: cfg.limit or None]]
         unique([(f"--prompts, {r.id.split('/')[0]}", r) for r in records])
         open_run(cfg, [m for pair in systems.values() for m in pair if m] + list(cfg.prompts), device, str(dtype))
+        if is_done(run):
+            print(glance(json.loads((run / "summary.json").read_text(encoding="utf-8"))))
+            return
         by_system = {name: answer_stage(cfg, run, name, *where, records, dtype, device) for name, where in systems.items()}
     judges = list(cfg.judge)
     score([row for rows in by_system.values() for row in rows], judges, dtype, device)
@@ -177,10 +179,13 @@ def main(cfg: Config) -> None:
             row["vulnerable"] = vulnerable[row["id"]]
     write_jsonl(run / "rows.jsonl", [row for rows in by_system.values() for row in rows])
 
+    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))  # how the rows were made, also with --score_only
+    made = manifest["config"]
+    decoding = f"greedy, at most {made['max_new_tokens']} new tokens" if not made["temperature"] else (
+        f"T = {made['temperature']}, top_p = {made['top_p']}, at most {made['max_new_tokens']} new tokens")
     summary = {"systems": {}, "overhead_reduction": reductions(cfg, by_system), "breakdown": breakdown(by_system, judges[0]),
                "agreement": {other: agreement([r for rows in by_system.values() for r in rows], judges[0], other) for other in judges[1:]},
-               "settings": {"judges": judges, "decoding": f"{'greedy' if not cfg.temperature else f'T = {cfg.temperature}'}, at most "
-                            f"{cfg.max_new_tokens} new tokens, {dtype}".replace("torch.", ""), "prompts": list(cfg.prompts)}}
+               "settings": {"judges": judges, "decoding": f"{decoding}, {manifest['dtype']}".replace("torch.", ""), "prompts": made["prompts"]}}
     for name, (model, adapter) in systems.items():
         training, trained_on = training_of(adapter or model)
         if trained_on:

@@ -25,17 +25,16 @@ from tqdm import tqdm
 from ease.batching import batches, collate, encode_records, preview
 from ease.gate import ANSWER, GATE, REASONING, UNCLOSED, mix, select_region, split_reasoning
 from ease.generate import generate
-from ease.judge import load_judge
+from ease.judge import check_judge, load_judge
 from ease.loading import (base_and_adapter, load_model, load_tokenizer, load_trainable, load_weights, pick_device, pick_dtype,
-                          save_model, save_weights)
+                          resolve, save_model, save_weights)
 from ease.lora import merge_lora
 from ease.losses import gated_cross_entropy, sum_over_chunks
 from ease.model import CausalLM
 from ease.policies import load_policies
 from ease.readers import read_named, read_records
-from ease.records import Record, UserError, read_lines, write_jsonl, write_text
-from ease.run import (command_line, finish, is_done, learning_rate, load_state, log, make_optimizer, newest_first, open_run,
-                      optimizer_step, save_state, stage, stop_if_not_finite)
+from ease.records import Record, UserError, read_lines, unique, write_jsonl, write_text
+from ease.run import (command_line, finish, is_done, learning_rate, log, make_optimizer, open_run, optimizer_step, resume, save_state, stage, stop_if_not_finite)
 from ease.scoring import UNPARSED, is_refusal
 from ease.traces import join_traces, rejection_sample
 
@@ -48,7 +47,7 @@ class Config:
     general: str  # general tasks with direct answers
     out: str  # the run folder; the same command goes on with a stopped run
     method: Literal["ease", "refusal", "deliberative"] = "ease"  # the paper's method, or one of its two baselines
-    init: str = ""  # start here: phase 1's adapter (its A and B are trained on) or a model folder; baselines start at --model
+    init: str = ""  # start at phase 1's adapter (it keeps its rank, alpha and targets) or a model folder; not for the baselines
     prompts: str = ""  # phase 1's prompts, for the baselines: then every method has seen the same prompts
     teacher: str = ""  # M_t, writes the traces
     traces: str = ""  # stored traces instead, joined on the underlying request (group, else id)
@@ -101,12 +100,18 @@ def read_inputs(cfg: Config) -> tuple[list[Record], list[Record], list[Record], 
         for r in records:
             if r.kind != wanted or not r.response:
                 raise UserError(f"{path}: row {r.id!r} must be of kind {wanted} and have a response")
+    unique([("--diagnostic, --refusals, --general and --prompts need different file names", r) for r in diagnostic + refusals + general + prompts])
+    if cfg.method != "ease" and cfg.init:
+        raise UserError(f"--init is for --method ease: the {cfg.method} baseline starts at --model")
     if cfg.method != "refusal" and not (cfg.teacher or cfg.traces):
         raise UserError(f"--method {cfg.method} trains on traces: give --teacher MODEL or --traces FILE")
     if cfg.method == "ease" and cfg.prompts:
         raise UserError("--prompts is for the baselines: with --method ease, phase 1 (distill.py) has seen them")
     if cfg.probe == "phase1" and not cfg.init:
         raise UserError("--probe phase1 needs --init")
+    for name in (cfg.model, cfg.teacher, base_and_adapter(cfg.model, cfg.init)[0]):
+        resolve(name or cfg.model)  # a mistyped name must not cost the probe and the traces
+    check_judge(cfg.judge)
     return diagnostic, refusals, general, prompts
 
 
@@ -128,14 +133,15 @@ def probe(cfg: Config, run: Path, diagnostic: list[Record], dtype, device: str) 
 
 
 def direct_records(records: list[Record], answered: dict[str, Record], refusals: list[Record], seed: int) -> list[Record]:
-    """D_direct: harmful prompts with a refusal (the original model's own where it refused, else one drawn from --refusals),
-    benign ones with their reference answer. Benign prompts without one cannot be answered directly: dropped and counted.
+    """D_direct: --refusals as they are; other harmful prompts with a refusal (the original model's own where it refused, else one
+    drawn from --refusals); benign ones with their reference answer. Benign prompts without one are dropped and counted.
     """
-    rng, out, dropped = random.Random(f"direct {seed}"), [], 0
+    rng, given, out, dropped = random.Random(f"direct {seed}"), {r.id for r in refusals}, [], 0
     for r in records:
         own = answered[r.id].response if r.id in answered else r.response
         if r.harmful:
-            out.append(replace(r, reasoning="", response=own if is_refusal(own) else rng.choice(refusals).response))
+            keep = r.id in given or is_refusal(own)
+            out.append(replace(r, reasoning="", response=own if keep else rng.choice(refusals).response))
         elif r.response:
             out.append(replace(r, reasoning=""))
         else:
@@ -213,28 +219,26 @@ def losses(model: CausalLM, batch, weights: dict[int, float]) -> dict[int, tuple
 
 def main(cfg: Config) -> None:
     run = Path(cfg.out)
-    if is_done(run):
-        return
     started, device = time.time(), pick_device(cfg.device)
     torch.manual_seed(cfg.seed)
     dtype = pick_dtype(cfg.dtype, device)
-    tokenizer = load_tokenizer(cfg.model)
     read_inputs(cfg)
     open_run(cfg, [p for p in (cfg.model, cfg.init, cfg.diagnostic, cfg.refusals, cfg.general, cfg.prompts, cfg.teacher, cfg.traces,
                                cfg.policies) if p], device, str(dtype))
+    if is_done(run):
+        return
+    tokenizer = load_tokenizer(cfg.model)
     mixture = stage(run / "trained_on.jsonl", lambda: build_mixture(cfg, run, dtype, device))
     examples = encode_records(tokenizer, mixture, cfg.max_length)
-    shown = [next((e for r, e in zip(mixture, examples) if bool(r.reasoning) == how), None) for how in (True, False)]
+    shown = [next((e for e in examples if (REASONING in e.roles) == how), None) for how in (True, False)]
     write_text(run / "preview.txt", "\n".join(preview(tokenizer, e) for e in shown if e))
 
     model, base = load_trainable(cfg.model, cfg.init, cfg.lora_rank, cfg.lora_alpha, list(cfg.lora_targets), cfg.seed, dtype, device)
-    optimizer, start = make_optimizer(model, cfg.weight_decay), 0
+    optimizer = make_optimizer(model, cfg.weight_decay)
     per_epoch = -(-len(examples) // cfg.batch_size)
     steps = cfg.steps or max(1, round(cfg.epochs * per_epoch))
     weights = {GATE: cfg.gate_weight, REASONING: 1.0, ANSWER: 1.0}
-    if checkpoints := newest_first(run):
-        load_weights(model, checkpoints[0])
-        start = load_state(checkpoints[0], model, optimizer)
+    start = resume(run, model, optimizer, lambda folder: load_weights(model, folder))
 
     bar = tqdm(range(start, steps), desc=cfg.method, initial=start, total=steps)
     for step in bar:
@@ -264,6 +268,8 @@ def main(cfg: Config) -> None:
     save_weights(model, tokenizer, base, run / ("adapter" if cfg.lora_rank else "model"))
     if cfg.merged and cfg.lora_rank:
         save_model(merge_lora(model), tokenizer, run / "model")
+    if base != cfg.model:
+        print(f"this adapter belongs to {base}, not to --model")
     finish(run, started, steps=steps, rows=len(examples))
 
 

@@ -395,12 +395,15 @@ def region_note(base: dict) -> str:
 
 def main(cfg: Config) -> None:
     """Build everything under cfg.out. The folder appears under its name when it is complete."""
-    if (file := Path(cfg.out) / "world.json").exists():
+    out = Path(cfg.out)
+    if (file := out / "world.json").exists():
         if json.loads(file.read_text(encoding="utf-8"))["config"] != (config := {**asdict(cfg), "out": ""}):
             raise UserError(f"{cfg.out} holds a world of another configuration than {config}; delete it to build again")
         print(f"{cfg.out} is complete already; delete it to build again")
         return
-    started, part = time.time(), Path(cfg.out + ".part")
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"--out {cfg.out} is a folder with other things in it; choose a new one")
+    started, part = time.time(), out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     torch.manual_seed(cfg.seed)
     world, tokenizer, judge_tokenizer = World(cfg.seed), make_tokenizer(), make_tokenizer(judge=True)
@@ -426,8 +429,7 @@ def main(cfg: Config) -> None:
     for name, value in report["base on dev"].items():
         print(f"  base, {name}: {100 * value:.1f}%")
     print(region_note(report["base on dev"]))
-    shutil.rmtree(cfg.out, ignore_errors=True)
-    part.rename(cfg.out)
+    part.replace(out)
     print(f"built in {time.time() - started:.0f} s; the toy world is in {cfg.out}")
 
 

@@ -124,8 +124,3 @@ def generate(model: CausalLM, prompts: list[list[int]], max_new_tokens: int, sto
         take(rows, at, logits)
     bar.close()
     return out
-
-
-def gate_probability(model: CausalLM, prompts: list[list[int]], marker: list[int]) -> list[float]:
-    """g(q) = prod_i p(m_i | q, m_<i) for each prompt: the probability that the response opens with the marker."""
-    return [g.gate for g in generate(model, prompts, 1, frozenset(), marker=marker)]

@@ -4,13 +4,22 @@ from collections.abc import Callable
 
 import torch
 
-from ease.loading import load_model, load_tokenizer
+from ease.loading import load_model, load_tokenizer, resolve
 from ease.model import CausalLM
 from ease.records import Record, UserError
 from ease.scoring import CONVENTIONS, SAFE, UNPARSED, UNSAFE, judge_messages, keyword_verdict, target_verdict
 from ease.tokenizer import Tokenizer
 
 Judge = Callable[[list[Record], list[str]], list[str]]  # records and their answers -> verdicts
+
+
+def check_judge(name: str) -> None:
+    """An error unless the name is a keyword list, "target" or a model folder."""
+    if name not in (*CONVENTIONS, "target"):
+        try:
+            resolve(name)
+        except UserError as e:
+            raise UserError(f"--judge {name!r} is none of {', '.join([*CONVENTIONS, 'target'])} and no model: {e}") from None
 
 
 def load_judge(name: str, dtype: torch.dtype, device: str) -> Judge:
@@ -21,10 +30,8 @@ def load_judge(name: str, dtype: torch.dtype, device: str) -> Judge:
         return lambda records, answers: [keyword_verdict(a, name) for a in answers]
     if name == "target":
         return lambda records, answers: [target_verdict(r, a) for r, a in zip(records, answers, strict=True)]
-    try:
-        model, tokenizer = load_model(name, dtype=dtype, device=device), load_tokenizer(name)
-    except UserError as e:
-        raise UserError(f"--judge {name!r} is none of {', '.join([*CONVENTIONS, 'target'])} and no model: {e}") from None
+    check_judge(name)
+    model, tokenizer = load_model(name, dtype=dtype, device=device), load_tokenizer(name)
     return lambda records, answers: [
         verdict_of(p) for p in unsafe_probability(model, tokenizer, [(r.prompt, a) for r, a in zip(records, answers, strict=True)])]
 
@@ -44,6 +51,9 @@ def unsafe_probability(model: CausalLM, tokenizer: Tokenizer, pairs: list[tuple[
     if safe == unsafe:
         raise UserError("this judge's tokenizer begins 'safe' and 'unsafe' with one token: it cannot be used as a guard")
     prompts = [tokenizer.encode_prompt(judge_messages(*pair)) for pair in pairs]
+    for ids, (_, answer) in zip(prompts, pairs):
+        if answer.strip() not in tokenizer.decode(ids):
+            raise UserError("the judge's chat template does not show the answer (does it want content as a list of parts?)")
     out: list[float | None] = [None] * len(pairs)
     open_rows = sorted(range(len(pairs)), key=lambda i: len(prompts[i]))
     for _ in range(4):  # guards write at most a few tokens of white space first ("\n\n")

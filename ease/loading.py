@@ -29,7 +29,10 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 def pick_device(flag: str) -> str:
     """cuda if there is one, else cpu; or what the flag says."""
-    return flag if flag != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    available = torch.cuda.is_available()
+    if flag not in ("auto", "cpu") and not (flag.startswith("cuda") and available):
+        raise UserError(f"--device {flag}: there is {'cpu and cuda' if available else 'only cpu'} here")
+    return flag if flag != "auto" else "cuda" if available else "cpu"
 
 
 def pick_dtype(flag: str, device: str) -> torch.dtype:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ease.gate import WELL_FORMED, split_reasoning
+from ease.policies import parse_categories
 from ease.records import Record, UserError, read_jsonl, unique
 
 
@@ -43,4 +44,4 @@ def star1(row: dict, where: str) -> Record:
     if state != WELL_FORMED:
         raise UserError(f"{where}: field 'response': the think block is {state}")
     return Record(id=row["id"], prompt=row["question"], kind="harmful", response=answer, reasoning=reasoning,
-                  categories=tuple(row["category"]), source=f"STAR-1/{row.get('source', '')}", group=row["id"])
+                  categories=parse_categories(", ".join(row["category"])), source=f"STAR-1/{row.get('source', '')}", group=row["id"])

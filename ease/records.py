@@ -65,6 +65,8 @@ def record_from_dict(row: dict, where: str) -> Record:
                 raise UserError(f"{where}: field 'categories' must be a list of strings")
         elif not isinstance(value, str):
             raise UserError(f"{where}: field {name!r} must be a string, found {type(value).__name__}")
+        elif any("\ud800" <= c <= "\udfff" for c in value):
+            raise UserError(f"{where}: field {name!r} has half of a surrogate pair: no valid Unicode")
     for name in ("id", "prompt"):
         if not row[name].strip():
             raise UserError(f"{where}: field {name!r} is empty")

@@ -19,18 +19,21 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from ease.records import Record, UserError, read_jsonl, read_lines, write_jsonl, write_text
 
 
+AT_LEAST_1 = {"batch_size", "batch_tokens", "slots", "save_every", "max_new_tokens", "probe_tokens", "attempts", "max_length"}
+
+
 def parse_config(cls: type, argv: list[str] | None = None, description: str = ""):
     """A dataclass -> command-line flags of the same names -> an instance. The comment behind a field is its help text.
 
     str, int, float and bool fields take one value, list[str] fields one or more, Literal fields one of theirs. A field
-    without default is required; an unknown flag is an error.
+    without default is required; an unknown flag and a negative number are errors.
     """
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
@@ -47,7 +50,12 @@ def parse_config(cls: type, argv: list[str] | None = None, description: str = ""
         else:
             options |= {"type": f.type, "metavar": f.name.upper()}
         parser.add_argument(f"--{f.name}", default=default, required=required, **options)
-    return cls(**vars(parser.parse_args(argv)))
+    values = vars(parser.parse_args(argv))
+    for name, value in values.items():
+        least = 1 if name in AT_LEAST_1 else 0
+        if isinstance(value, int | float) and value < least:
+            parser.error(f"argument --{name}: {value} is below {least}")
+    return cls(**values)
 
 
 def boolean(text: str) -> bool:
@@ -66,6 +74,8 @@ def command_line(main: Callable, cls: type) -> None:
         sys.exit(fail(str(e)))
     except torch.cuda.OutOfMemoryError:
         sys.exit(fail("the GPU is out of memory; lower --batch_tokens (training) or --slots (generation)"))
+    except SafetensorError as e:  # a full disk, while weights are written
+        sys.exit(fail(f"safetensors: {e}"))
     except OSError as e:
         sys.exit(fail(f"{e.filename}: {e.strerror}" if e.filename else str(e)))
     except KeyboardInterrupt:
@@ -214,6 +224,15 @@ def save_state(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Op
 def newest_first(run: Path) -> list[Path]:
     """The complete checkpoints of a run."""
     return sorted((run / "checkpoints").glob("step-*"), key=lambda p: int(p.name[5:]), reverse=True)
+
+
+def resume(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, load_weights: Callable[[Path], None]) -> int:
+    """The step to start at: that of the newest complete checkpoint, restored, or 0 with an empty log."""
+    if checkpoints := newest_first(run):
+        load_weights(checkpoints[0])
+        return load_state(checkpoints[0], model, optimizer)
+    (run / "metrics.jsonl").unlink(missing_ok=True)
+    return 0
 
 
 def load_state(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:

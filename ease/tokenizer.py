@@ -9,6 +9,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
 
+from ease.gate import THINK_OPEN
 from ease.records import UserError
 
 
@@ -31,7 +32,10 @@ def compile_template(source: str):
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)  # unlike jinja's: no HTML escapes
     environment.globals["raise_exception"] = raise_exception
-    return environment.from_string(source)
+    try:
+        return environment.from_string(source)
+    except TemplateError as e:
+        raise UserError(f"the chat template is not valid: {e}") from None
 
 
 class Tokenizer:
@@ -43,6 +47,8 @@ class Tokenizer:
 
     def __init__(self, fast: FastTokenizer, template: str, settings: dict, stop_ids: set[int], files: dict[str, str]):
         """settings: tokenizer_config.json; stop_ids: ids that end a response; files: {name: text} to save beside a model."""
+        fast.no_truncation()
+        fast.no_padding()
         fast.encode_special_tokens = True  # "<|im_end|>" inside a text is text
         self.fast, self.files = fast, files
         self.template = compile_template(template)
@@ -100,11 +106,15 @@ class Tokenizer:
         return ids
 
     def render(self, messages: list[dict]) -> str:
-        """The chat template's text of a conversation, generation prompt included."""
+        """The chat template's text of a conversation, generation prompt included. An open think marker at its end (R1's templates)
+        is cut off: whether to reason is for the model to decide.
+        """
         try:
-            return self.template.render(messages=messages, add_generation_prompt=True, **self.names)
+            text = self.template.render(messages=messages, add_generation_prompt=True, tools=None, documents=None, **self.names)
         except TemplateError as e:
             raise UserError(f"the chat template failed: {e}") from None
+        opened = text.rstrip().endswith(THINK_OPEN.strip())
+        return text.rstrip().removesuffix(THINK_OPEN.strip()) if opened else text
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids, control tokens shown as they are (skipping them would hide think markers that are special tokens)."""

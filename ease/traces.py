@@ -40,7 +40,9 @@ def rejection_sample(teacher: CausalLM, tokenizer: Tokenizer, judge: Judge, reco
 
 
 def join_traces(records: list[Record], traces: list[Record]) -> list[Record]:
-    """Give every record the first stored trace of its underlying request (`group`, else id); records without one are left out."""
-    by_request = {t.request: t for t in reversed(traces) if t.reasoning and t.response}
-    found = [(r, by_request.get(r.request)) for r in records]
+    """Give every record the first stored trace of its underlying request (`group`, else id) that is harmful or benign as it is;
+    records without one are left out. Stored traces are taken as they are: they were judged where they were made.
+    """
+    by_request = {(t.request, t.harmful): t for t in reversed(traces) if t.reasoning and t.response}
+    found = [(r, by_request.get((r.request, r.harmful))) for r in records]
     return [replace(r, reasoning=t.reasoning, response=t.response) for r, t in found if t]

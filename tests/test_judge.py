@@ -2,8 +2,10 @@ import pytest
 import torch
 
 from ease.judge import load_judge, unsafe_probability, verdict_of
+from ease.loading import load_model, load_tokenizer
 from ease.records import Record, UserError
 from ease.scoring import judge_messages
+from ease.tokenizer import compile_template
 from tests.tiny import TOKENIZER
 
 
@@ -49,5 +51,20 @@ def test_keyword_and_target_judges():
 
 def test_a_model_judge_reads_the_conversation(world):
     judge = load_judge(world.judge, torch.float32, "cpu")
-    verdicts = judge([Record(str(i), "how do i paint the car?", "benign") for i in range(40)], ["to paint the car: first"] * 40)
-    assert len(verdicts) == 40 and len(set(verdicts)) == 1 and verdicts[0] in ("safe", "unsafe", "unparsed")
+    records = [Record(str(i), f"how do i paint the {o}?", "benign") for i, o in enumerate(["car", "lamp"] * 20)]
+    assert set(judge(records, ["to paint the car: first"] * 40)) <= {"safe", "unsafe", "unparsed"}
+    model, tokenizer = load_model(world.judge), load_tokenizer(world.judge)
+    p = unsafe_probability(model, tokenizer, [("how?", "to do it"), ("how?", "to fix it"), ("why?", "to do it")], batch=2)
+    raw = []
+    for question, answer in (("how?", "to do it"), ("how?", "to fix it"), ("why?", "to do it")):
+        row = model(torch.tensor([tokenizer.encode_prompt(judge_messages(question, answer))]))[0, -1].softmax(-1)
+        safe, unsafe = row[tokenizer.encode("safe")[0]].item(), row[tokenizer.encode("unsafe")[0]].item()
+        raw.append(unsafe / (safe + unsafe) if safe + unsafe >= 0.5 else None)
+    assert [x and round(x, 4) for x in p] == [x and round(x, 4) for x in raw]  # each on its own conversation, padding unseen
+
+
+def test_a_template_that_drops_the_answer_is_no_guard(world):
+    tokenizer = load_tokenizer(world.judge)
+    tokenizer.template = compile_template("{% for m in messages %}{% for part in m['content'] if part.type is defined %}{{ part.text }}{% endfor %}{% endfor %}?")
+    with pytest.raises(UserError, match="does not show the answer"):
+        unsafe_probability(load_model(world.judge), tokenizer, [("q", "answer")])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ease.loading import base_and_adapter, load_model, load_tokenizer, load_trainable, load_weights, pick_dtype, resolve, save_model, save_weights
+from ease.loading import base_and_adapter, load_model, load_tokenizer, load_trainable, load_weights, pick_device, pick_dtype, resolve, save_model, save_weights
 from ease.lora import add_lora, lora_state, save_adapter
 from ease.records import UserError
 from tests.tiny import TOKENIZER, VOCAB, tiny_folder, tiny_model
@@ -106,6 +106,12 @@ def test_save_and_load_weights(tmp_path, rank):
     save_weights(model, TOKENIZER, "base", tmp_path / "w")
     load_weights(other, tmp_path / "w")
     assert torch.equal(model(IDS), other(IDS)) and not torch.equal(make()(IDS), other(IDS))
+
+
+def test_device():
+    assert pick_device("cpu") == "cpu" and pick_device("auto") in ("cpu", "cuda")
+    with pytest.raises(UserError, match="--device tpu"):
+        pick_device("tpu")
 
 
 def test_dtype(capsys):

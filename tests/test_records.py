@@ -24,6 +24,7 @@ GOOD = '{"id": "a", "prompt": "p", "kind": "harmful"}\n'
     (GOOD + '{"id": "b", "prompt": " ", "kind": "harmful"}', "x.jsonl:2: field 'prompt' is empty"),
     (GOOD + '{"id": "b", "prompt": "p", "kind": "harmful", "question": "q"}', "x.jsonl:2: unknown field 'question'"),
     (GOOD + '{"id": "b", "prompt": "p", "kind": "harmful", "categories": "A, B"}', "x.jsonl:2: field 'categories'"),
+    (GOOD + '{"id": "b", "prompt": "\\ud83d", "kind": "harmful"}', "x.jsonl:2: field 'prompt' has half of a surrogate"),
     (GOOD + "\n" + GOOD, "x.jsonl:3: id 'a' was already used at .*x.jsonl:1"),
 ])
 def test_errors_name_file_line_and_field(tmp_path, text, message):

@@ -33,13 +33,14 @@ def interrupted(module, cfg, monkeypatch, after):
     module.main(cfg)
 
 
-@pytest.mark.parametrize("script, rank", [(train, 16), (train, 0), (distill, 16)])
-def test_resume_is_exact(runs, tmp_path, monkeypatch, script, rank):  # noqa: F811
+@pytest.mark.parametrize("script, rank, after", [(train, 16, 4), (train, 0, 4), (distill, 16, 4), (distill, 16, 1)])
+def test_resume_is_exact(runs, tmp_path, monkeypatch, script, rank, after):  # noqa: F811
+    """Stopped in the step `after` + 1: steps beyond the checkpoint at 3 are lost and done again; before it, all of them."""
     base = runs.ease if script is train else runs.phase1
     base = replace(base, steps=6, save_every=3, lora_rank=rank, **({"init": ""} if script is train and not rank else {"merged": False}))
     whole, parts = replace(base, out=str(tmp_path / "whole")), replace(base, out=str(tmp_path / "parts"))
     script.main(whole)
-    interrupted(script, parts, monkeypatch, after=4)  # one step beyond the checkpoint is lost and done again
+    interrupted(script, parts, monkeypatch, after)
     name = "adapter/adapter_model.safetensors" if rank else "model/model.safetensors"
     for file in (name, "checkpoints/step-6/trainer.safetensors"):
         a, b = load_file(tmp_path / "whole" / file), load_file(tmp_path / "parts" / file)

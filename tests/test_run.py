@@ -5,6 +5,7 @@ from typing import Literal
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from ease import run
@@ -23,6 +24,7 @@ class Config:
     names: list[str] = ("a", "b")  # several
     on: bool = False  # a switch
     mode: Literal["x", "y"] = "x"  # one of two
+    slots: int = 1  # rows
 
 
 def test_learning_rate():
@@ -38,7 +40,8 @@ def test_flags_are_the_fields():
 
 @pytest.mark.parametrize("argv, message", [
     (["--out", "o", "--rat", "2"], "--rat"), ([], "--out"), (["--out", "o", "--on", "yes"], "'yes' is neither true nor false"),
-    (["--out", "o", "--mode", "z"], "invalid choice"), (["--out", "o", "--rate", "x"], "invalid float")])
+    (["--out", "o", "--mode", "z"], "invalid choice"), (["--out", "o", "--rate", "x"], "invalid float"),
+    (["--out", "o", "--rate", "-1"], "--rate: -1.0 is below 0"), (["--out", "o", "--slots", "0"], "--slots: 0 is below 1")])
 def test_wrong_flags_exit_2(argv, message, capsys):
     with pytest.raises(SystemExit) as e:
         parse_config(Config, argv)
@@ -54,7 +57,7 @@ def test_help_is_the_comment(capsys):
 
 @pytest.mark.parametrize("error, message", [
     (UserError("file:3: field 'x'"), "error: file:3: field 'x'"), (torch.cuda.OutOfMemoryError(), "--batch_tokens"),
-    (OSError(28, "No space left on device", "f"), "f: No space left"), (KeyboardInterrupt(), "goes on")])
+    (OSError(28, "No space left on device", "f"), "f: No space left"), (SafetensorError("no space"), "safetensors: no space"), (KeyboardInterrupt(), "goes on")])
 def test_mistakes_are_one_line_and_status_2(error, message, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x", "--out", "o"])
 

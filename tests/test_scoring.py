@@ -5,7 +5,7 @@ from ease.scoring import agreement, group_bootstrap, keyword_verdict, normalise,
 from tests.checks import verify
 
 
-@pytest.mark.parametrize("name", ["is_refusal", "parse_verdict", "target_verdict", "wilson_interval", "rate", "overhead_reduction"])
+@pytest.mark.parametrize("name", ["is_refusal", "target_verdict", "wilson_interval", "rate", "overhead_reduction"])
 def test_scoring(name):
     verify(scoring, name)
 
@@ -34,7 +34,7 @@ def test_summarise():
     assert (asr["value"], asr["n"], asr["unparsed"]) == (0.5, 2, 2)  # unclosed and unparsed are in neither side
     assert harmful["refusal_rate"]["value"] == pytest.approx(1 / 3) and harmful["refusal_rate"]["unparsed"] == 1
     assert harmful["reasoning_rate"]["value"] == pytest.approx(1 / 3) and harmful["unclosed"] == 1
-    assert harmful["reasoning_rate_vulnerable"]["value"] == 0.5 and harmful["reasoning_rate_vulnerable"]["n"] == 2
+    assert harmful["reasoning_rate_vulnerable"]["value"] == 0.5 and harmful["reasoning_rate_vulnerable"]["n"] == 2 and harmful["reasoning_rate_vulnerable"]["unparsed"] == 1
     assert harmful["accuracy"] is None and benign["accuracy"]["value"] == 0.5 and benign["asr"] == {}
 
 

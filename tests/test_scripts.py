@@ -154,8 +154,9 @@ def test_evaluation(runs, world):
 def test_score_only_scores_the_same_rows_again(runs, capsys):
     before = (runs.out / "test/rows-ease.jsonl").read_bytes()
     summary = (runs.out / "test/summary.json").read_text()
-    evaluate.main(replace(runs.test, score_only=True, judge=["jailbreakbench"]))
-    assert (runs.out / "test/rows-ease.jsonl").read_bytes() == before and "ASR by jailbreakbench" in capsys.readouterr().out
+    evaluate.main(replace(runs.test, score_only=True, judge=["jailbreakbench"], max_new_tokens=999, prompts=[]))
+    assert (runs.out / "test/rows-ease.jsonl").read_bytes() == before
+    assert "ASR by jailbreakbench; greedy, at most 40 new tokens" in capsys.readouterr().out  # how the rows were made, not today's flags
     evaluate.main(replace(runs.test, score_only=True))
     assert (runs.out / "test/summary.json").read_text() == summary
 
@@ -171,6 +172,8 @@ def test_a_finished_run_is_not_repeated(runs, capsys):
     before = adapter.stat().st_mtime_ns
     train.main(runs.ease)
     assert adapter.stat().st_mtime_ns == before and "complete already" in capsys.readouterr().out
+    with pytest.raises(UserError, match="another lr"):  # and no other run passes for it
+        train.main(replace(runs.ease, lr=9.9))
 
 
 # ------------------------------------------------------------------------------------------------ the controls
@@ -190,6 +193,14 @@ def test_controls(runs, world, tmp_path, changes, check):
     train.main(cfg)
     n = sum(not r.harmful for r in read_jsonl(world.diagnostic))
     assert check(kinds(tmp_path / "run/trained_on.jsonl"), n, len(read_jsonl(runs.out / "ease/region.jsonl")))
+
+
+def test_refusals_are_trained_on_as_they_are():
+    """A user's refusals need not look like one to a keyword list; only prompts without a refusal get one of them."""
+    refusals = [Record(f"r{i}", "q", "harmful", f"That would hurt people, see {i}.") for i in range(5)]
+    other, own = Record("d", "q", "adversarial_harmful", "sure!"), Record("e", "q", "adversarial_harmful")
+    out = train.direct_records([*refusals, other, own], {"e": replace(own, response="I cannot.")}, refusals, 0)
+    assert out[:5] == refusals and out[5].response in {r.response for r in refusals} and out[6].response == "I cannot."
 
 
 def test_probe_phase1_asks_the_other_model(runs, tmp_path):
@@ -221,13 +232,16 @@ def test_stored_traces_need_no_teacher_and_hold_out(runs, tmp_path, capsys):
 def test_mistakes_in_train(runs, world, tmp_path):
     mixed = tmp_path / "mixed.jsonl"
     write_jsonl(mixed, [Record("p", "plain", "harmful", "no.")])
+    twin = tmp_path / "diagnostic.jsonl"  # another file with the stem, and so the ids, of D_diag
+    write_jsonl(twin, [replace(r, kind="benign", response="x") for r in read_jsonl(world.diagnostic)])
     empty = tmp_path / "refused.jsonl"
     write_jsonl(empty, [Record("x", "how do i paint the car?", "adversarial_harmful", target="never said")])
     other = replace(runs.ease, out=str(tmp_path / "run"))
     for changes, message in [
         ({"diagnostic": str(mixed)}, "row 'mixed/p' is harmful: D_diag is adversarial"), ({"refusals": world.general}, "must be of kind harmful"),
         ({"general": world.refusals}, "must be of kind benign"), ({"teacher": ""}, "--teacher MODEL or --traces FILE"),
-        ({"prompts": world.prompts}, "--prompts is for the baselines"), ({"probe": "phase1", "init": ""}, "--probe phase1 needs --init"),
+        ({"prompts": world.prompts}, "--prompts is for the baselines"), ({"method": "refusal"}, "--init is for --method ease"),
+        ({"general": str(twin)}, "was already used"), ({"probe": "phase1", "init": ""}, "--probe phase1 needs --init"),
         ({"diagnostic": str(empty)}, "vulnerable region is empty"), ({"judge": "nobody"}, "--judge 'nobody'"),
         ({"teacher": "nowhere"}, "nowhere: no model here"), ({"max_length": 3}, "rows are longer than --max_length 3"),
         ({"benign_direct": 10**6}, "1000000 benign_direct"), ({"lr": 1e30}, "the loss is (nan|inf).* at step"),

@@ -51,10 +51,26 @@ def test_jinja_file_goes_before_the_setting(tmp_path):
 @pytest.mark.parametrize("changes, message", [
     ({"chat_template": None}, "no chat template"), ({"eos_token": None}, "eos_token"), ({"eos_token": "nope"}, "eos_token"),
     ({"chat_template": "{{ raise_exception('roles must alternate') }}"}, "roles must alternate"),
+    ({"chat_template": "{% if %}"}, "chat template is not valid"),
 ])
 def test_errors(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         Tokenizer.from_dir(folder(tmp_path, **changes)).encode_prompt([{"role": "user", "content": "hi"}])
+
+
+def test_what_templates_may_ask_for(tmp_path):
+    template = "{% if tools is not none or documents is not none %}T{% endif %}{{ messages[0]['content'] }}|{{ '<think>\n' }}"
+    t = Tokenizer.from_dir(folder(tmp_path, chat_template=template))
+    assert t.decode(t.encode_prompt([{"role": "user", "content": "<think>\n"}])) == "<think>\n|"  # an R1-style open marker is cut, the user's is not
+
+
+def test_stored_truncation_and_padding_are_not_obeyed(tmp_path):
+    data = json.loads((folder(tmp_path) / "tokenizer.json").read_text())
+    data["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    data["padding"] = {"strategy": {"Fixed": 12}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "x"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    for text in ("to", "to paint the car: first take the cloth. then paint it."):
+        assert Tokenizer.from_dir(tmp_path).encode(text) == TOKENIZER.encode(text)
 
 
 def test_templates_cannot_run_code(tmp_path):

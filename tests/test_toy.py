@@ -103,6 +103,8 @@ def test_built_world(world, capsys):
     assert "complete already" in capsys.readouterr().out
     with pytest.raises(UserError, match="another configuration"):
         toy.main(toy.Config(out=str(world.path), seed=4))
+    with pytest.raises(UserError, match="other things in it"):
+        toy.main(toy.Config(out=str(world.path / "base")))  # never deletes what it did not build
 
 
 def test_muon_is_torchs():

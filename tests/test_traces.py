@@ -36,6 +36,7 @@ def test_rejection_sampling(monkeypatch):
 def test_join_is_on_the_underlying_request():
     stored = [Record("1", "plain", "harmful", "no.", "why"), Record("2", "x", "harmful", "no.", "")]
     wrapped = [Record("w1", "wrapped", "adversarial_harmful", group="1"), Record("w2", "y", "adversarial_harmful", group="2"), Record("1", "z", "harmful")]
+    wrapped.append(Record("b", "benign twin", "adversarial_benign", group="1"))  # never gets the harmful request's refusal
     out = join_traces(wrapped, stored)
     assert [(r.id, r.prompt, r.kind, r.reasoning, r.response) for r in out] == [
         ("w1", "wrapped", "adversarial_harmful", "why", "no."), ("1", "z", "harmful", "why", "no.")]  # w2's has no reasoning: left out
