@@ -35,6 +35,8 @@ from ease.traces import rejection_sample
 
 @dataclass
 class Config:
+    """The flags of phase 1."""
+
     model: str  # M_s, the ORIGINAL small model (a Hugging Face folder)
     out: str  # the run folder; the same command goes on with a stopped run
     # data
@@ -136,15 +138,20 @@ def mean_nll(model: CausalLM, examples: list[Example], device: str) -> float:
     return total / sum(e.supervised for e in examples)
 
 
-def main(cfg: Config) -> None:
-    run = Path(cfg.out)
-    if not cfg.traces and not (cfg.prompts and cfg.teacher):
+def check_flags(cfg: Config) -> None:
+    """The mistakes that can be seen before anything is loaded or written."""
+    if bool(cfg.traces) == bool(cfg.prompts) or cfg.prompts and not cfg.teacher:
         raise UserError("give --traces FILE, or --teacher MODEL and --prompts FILE")
     if cfg.kl_weight and not cfg.teacher:
         raise UserError("--kl_weight above 0 needs a --teacher that shares the model's tokenizer; stored traces alone need --kl_weight 0")
     for name in (cfg.model, cfg.teacher or cfg.model):
         resolve(name)
     check_judge(cfg.judge)
+
+
+def main(cfg: Config) -> None:
+    check_flags(cfg)
+    run = Path(cfg.out)
     started, device = time.time(), pick_device(cfg.device)
     torch.manual_seed(cfg.seed)
     dtype = pick_dtype(cfg.dtype, device)

@@ -31,6 +31,8 @@ from ease.scoring import UNPARSED, UNSAFE, agreement, overhead_reduction, rate, 
 
 @dataclass
 class Config:
+    """The flags of an evaluation."""
+
     systems: list[str]  # NAME=MODEL or NAME=MODEL+ADAPTER
     out: str = ""  # the run folder; the same command goes on with a stopped run
     prompts: list[str] = ()  # records to answer; `response` is the reference answer where there is one

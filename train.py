@@ -41,6 +41,8 @@ from ease.traces import join_traces, rejection_sample
 
 @dataclass
 class Config:
+    """The flags of phase 2 and the baselines."""
+
     model: str  # M_s, the ORIGINAL small model (a Hugging Face folder)
     diagnostic: str  # D_diag: adversarial prompts, harmful and benign
     refusals: str  # plainly harmful prompts with a direct refusal each
@@ -103,8 +105,8 @@ def read_inputs(cfg: Config) -> tuple[list[Record], list[Record], list[Record], 
     unique([("--diagnostic, --refusals, --general and --prompts need different file names", r) for r in diagnostic + refusals + general + prompts])
     if cfg.method != "ease" and cfg.init:
         raise UserError(f"--init is for --method ease: the {cfg.method} baseline starts at --model")
-    if cfg.method != "refusal" and not (cfg.teacher or cfg.traces):
-        raise UserError(f"--method {cfg.method} trains on traces: give --teacher MODEL or --traces FILE")
+    if cfg.method != "refusal" and bool(cfg.teacher) == bool(cfg.traces):
+        raise UserError(f"--method {cfg.method} trains on traces: give --teacher MODEL or --traces FILE, one of them")
     if cfg.method == "ease" and cfg.prompts:
         raise UserError("--prompts is for the baselines: with --method ease, phase 1 (distill.py) has seen them")
     if cfg.probe == "phase1" and not cfg.init:
@@ -164,17 +166,17 @@ def traced_records(cfg: Config, run: Path, records: list[Record], dtype, device:
             write_jsonl(run / "rejected.jsonl", rejected)
             print(f"{len(rejected)} samples rejected: {dict(Counter(r['reason'] for r in rejected))}")
         print(f"{len(found)} of {len(records)} prompts have a trace; the others are dropped")
+        if not found:
+            raise UserError("no prompt has a trace: " + ("--traces has none of these requests" if cfg.traces else
+                                                         f"the teacher's samples were all rejected, see {run / 'rejected.jsonl'}"))
         return found
 
-    found = stage(run / "traces.jsonl", make)
-    if not found:
-        raise UserError("no prompt has a trace: the teacher's were all rejected (rejected.jsonl), or --traces has none of these requests")
-    return found
+    return stage(run / "traces.jsonl", make)
 
 
-def build_mixture(cfg: Config, run: Path, dtype, device: str) -> list[Record]:
+def build_mixture(cfg: Config, run: Path, inputs: tuple[list[Record], ...], dtype, device: str) -> list[Record]:
     """Steps 1 to 4: what the method trains on. The parts are printed and stored (probe, region, traces, mixture)."""
-    diagnostic, refusals, general, prompts = read_inputs(cfg)
+    diagnostic, refusals, general, prompts = inputs
     everything = diagnostic + refusals + general + prompts
     answered: dict[str, Record] = {}
     if cfg.method == "refusal":
@@ -222,13 +224,13 @@ def main(cfg: Config) -> None:
     started, device = time.time(), pick_device(cfg.device)
     torch.manual_seed(cfg.seed)
     dtype = pick_dtype(cfg.dtype, device)
-    read_inputs(cfg)
+    inputs = read_inputs(cfg)
     open_run(cfg, [p for p in (cfg.model, cfg.init, cfg.diagnostic, cfg.refusals, cfg.general, cfg.prompts, cfg.teacher, cfg.traces,
                                cfg.policies) if p], device, str(dtype))
     if is_done(run):
         return
     tokenizer = load_tokenizer(cfg.model)
-    mixture = stage(run / "trained_on.jsonl", lambda: build_mixture(cfg, run, dtype, device))
+    mixture = stage(run / "trained_on.jsonl", lambda: build_mixture(cfg, run, inputs, dtype, device))
     examples = encode_records(tokenizer, mixture, cfg.max_length)
     shown = [next((e for e in examples if (REASONING in e.roles) == how), None) for how in (True, False)]
     write_text(run / "preview.txt", "\n".join(preview(tokenizer, e) for e in shown if e))

@@ -5,9 +5,8 @@
 What happens in this world. A request is a verb, an object and a wrapping: "how do I steal the bike?". Half of the verbs are
 harmful (mild, category-level words). A compliant answer is one empty template, a refusal one sentence. The base model learned
 from its corpus to refuse harmful requests in plain words, to comply when a jailbreak hides the verb as letters, and a few
-harmless skills (rate a request, recall the policy, decode letters, write a note). So it has all parts that a safe answer to a hidden request
-needs, but never used them together: a direct answer must decode and classify before its first token, a trace does it step by
-step. Nothing else is built in; whether a method refuses, and on which verbs, is measured.
+harmless skills (rate a request, plain or hidden, recall the policy, decode letters, write a note). So it has all parts that a safe
+answer to a hidden request needs, but a direct answer must decode and classify before its first token; a trace does it step by step. Nothing else is built in; whether a method refuses, and on which verbs, is measured.
 """
 
 import copy
@@ -70,6 +69,8 @@ CONTROL = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|judge|>"]
 
 @dataclass
 class Config:
+    """The flags of the world builder."""
+
     out: str = "data/toy"  # where the world is built
     seed: int = 0  # everything follows from it
     steps: int = 400  # pretraining steps of the base

@@ -16,12 +16,14 @@ from ease.records import UserError
 from ease.run import command_line
 
 # The toy models are tiny: they need large steps, and LoRA on the head as well. One setting for all methods, chosen on the dev
-# sets of seeds 10-12. The baselines get the steps of both phases.
+# sets of seeds 10 and 11. The baselines get the steps of both phases.
 TRAINING = "--lr 3e-3 --batch_size 64 --warmup 0.05 --lora_targets q_proj k_proj v_proj o_proj gate_proj up_proj down_proj lm_head"
 
 
 @dataclass
 class Config:
+    """The flags of the recipe."""
+
     seed: int = 0  # of the world and of every run in it
     out: str = ""  # where the runs go; default runs/toy for seed 0, runs/toy-N for seed N
     fast: bool = False  # a smoke run of about a minute: everything is too small, the numbers mean nothing
@@ -68,9 +70,9 @@ def meaning(summary: dict) -> str:
 
 HONEST = """\
 --- what this is and is not ---------------------------------------------------------------------------------------------
-The toy world was built so that the paper's mechanism can show: the base can decode hidden words and can judge plain words,
-and only a trace lets it do one after the other. Whether a method then refuses is measured, not scripted, but a world in
-which it could not show would teach nothing. It is an experiment to look into, and no evidence about real models.
+The toy world was built so that the paper's mechanism can show: the base can decode hidden words, judge plain words and do one
+after the other when asked to; a direct answer has no room for that, a trace has. Whether a method then refuses is measured,
+not scripted. It is an experiment to look into, and no evidence about real models.
 -------------------------------------------------------------------------------------------------------------------------"""
 
 

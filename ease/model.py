@@ -84,6 +84,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
         x32 = x.float()
         return self.weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
@@ -168,7 +169,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, T, F) inside, (B, T, D) out
+        """(..., D) -> (..., D), through F."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
@@ -180,6 +182,7 @@ class Block(nn.Module):
         self.post_attention_layernorm, self.mlp = RMSNorm(c.hidden_size, c.rms_norm_eps), MLP(c)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cached=None) -> Tensor:
+        """x (B, T, D) -> (B, T, D); rope and cached as in Attention."""
         x = x + self.self_attn(self.input_layernorm(x), rope, cached)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -206,6 +209,7 @@ class CausalLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self.lm_head.weight.device
 
     def hidden(self, ids: Tensor, cache: KVCache | None = None, slots: Tensor | None = None,

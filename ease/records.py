@@ -41,6 +41,7 @@ class Record:
 
     @property
     def harmful(self) -> bool:
+        """Whether the request is harmful, disguised or not."""
         return self.kind in HARMFUL_KINDS
 
     @property

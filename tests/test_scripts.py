@@ -240,6 +240,7 @@ def test_mistakes_in_train(runs, world, tmp_path):
     for changes, message in [
         ({"diagnostic": str(mixed)}, "row 'mixed/p' is harmful: D_diag is adversarial"), ({"refusals": world.general}, "must be of kind harmful"),
         ({"general": world.refusals}, "must be of kind benign"), ({"teacher": ""}, "--teacher MODEL or --traces FILE"),
+        ({"traces": world.prompts}, "one of them"), ({"teacher": "", "traces": world.test}, "--traces has none of these requests"),
         ({"prompts": world.prompts}, "--prompts is for the baselines"), ({"method": "refusal"}, "--init is for --method ease"),
         ({"general": str(twin)}, "was already used"), ({"probe": "phase1", "init": ""}, "--probe phase1 needs --init"),
         ({"diagnostic": str(empty)}, "vulnerable region is empty"), ({"judge": "nobody"}, "--judge 'nobody'"),
@@ -259,10 +260,11 @@ def test_mistakes_in_distill(runs, world, tmp_path):
     vocab["\u0120the"], vocab["\u0120car"] = vocab["\u0120car"], vocab["\u0120the"]  # as many tokens, two of them swapped
     (broken / "tokenizer.json").write_text(json.dumps(tokenizer))
     for changes, message in [
-        ({"teacher": "", "prompts": ""}, "give --traces FILE"), ({"teacher": "", "traces": world.prompts}, "needs a --teacher"),
-        ({"traces": str(runs.out / "phase1/traces.jsonl"), "held_out": 999}, "--held_out 999 leaves none"),
+        ({"teacher": "", "prompts": ""}, "give --traces FILE"), ({"traces": world.prompts}, "give --traces FILE"),
+        ({"teacher": "", "traces": world.prompts, "prompts": ""}, "needs a --teacher"),
+        ({"traces": str(runs.out / "phase1/traces.jsonl"), "prompts": "", "held_out": 999}, "--held_out 999 leaves none"),
         ({"judge": "xstest", "attempts": 1, "max_new_tokens": 1}, "no trace of teacher .* was accepted"),
-        ({"teacher": str(broken), "traces": str(runs.out / "phase1/traces.jsonl")}, "tokenizers of --model and --teacher differ"),
+        ({"teacher": str(broken), "prompts": "", "traces": str(runs.out / "phase1/traces.jsonl")}, "tokenizers of --model and --teacher differ"),
     ]:
         with pytest.raises(UserError, match=message):
             distill.main(replace(cfg, **changes, out=str(tmp_path / message[:7].replace(" ", "_"))))
