@@ -6,7 +6,8 @@ What happens in this world. A request is a verb, an object and a wrapping: "how 
 harmful (mild, category-level words). A compliant answer is one empty template, a refusal one sentence. The base model learned
 from its corpus to refuse harmful requests in plain words, to comply when a jailbreak hides the verb as letters, and a few
 harmless skills (rate a request, plain or hidden, recall the policy, decode letters, write a note). So it has all parts that a safe
-answer to a hidden request needs, but a direct answer must decode and classify before its first token; a trace does it step by step. Nothing else is built in; whether a method refuses, and on which verbs, is measured.
+answer to a hidden request needs, but a direct answer must decode and classify before its first token; a trace does it step by step.
+Nothing else is built in; whether a method refuses, and on which verbs, is measured.
 """
 
 import copy

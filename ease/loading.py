@@ -44,33 +44,37 @@ def pick_dtype(flag: str, device: str) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def weight_file(path: Path) -> Path:
-    """The single safetensors file of a model folder. Pickled weights are never read."""
-    file = path / "model.safetensors"
-    if not file.is_file():
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a model folder: model.safetensors, or the shards of its index. Pickled weights are never read."""
+    index = path / "model.safetensors.index.json"
+    if index.is_file() and not (path / "model.safetensors").is_file():
+        files = [path / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+    else:
+        files = [path / "model.safetensors"]
+    if missing := [f.name for f in files if not f.is_file()]:
         others = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.safetensors*") for p in path.glob(pattern))
-        raise UserError(f"{path}: model.safetensors is missing (found {', '.join(others) or 'no weights'}); pickles are refused, "
-                        "sharded files are not read yet")
-    return file
+        raise UserError(f"{path}: {missing[0]} is missing (found {', '.join(others) or 'no weights'}); pickles are refused")
+    return files
 
 
 def read_weights(path: Path, model: CausalLM) -> dict[str, torch.Tensor]:
     """The tensors of a model folder, checked against the model: every key must be there and fit, none may be left."""
     own = dict(model.named_parameters())  # a tied head appears once, as the embedding
-    file = weight_file(path)
-    try:
-        with safe_open(file, framework="pt") as f:
-            stored = {k: f.get_tensor(k) for k in f.keys() if not k.endswith("rotary_emb.inv_freq")}  # old files keep a table
-    except SafetensorError as e:
-        raise UserError(f"{file}: {e}") from None
+    stored: dict[str, torch.Tensor] = {}
+    for file in weight_files(path):
+        try:
+            with safe_open(file, framework="pt") as f:
+                stored |= {k: f.get_tensor(k) for k in f.keys() if not k.endswith("rotary_emb.inv_freq")}  # old files keep a table
+        except SafetensorError as e:
+            raise UserError(f"{file}: {e}") from None
     if model.config.tie_word_embeddings:
         stored.pop("lm_head.weight", None)
     missing, unexpected = sorted(own.keys() - stored.keys()), sorted(stored.keys() - own.keys())
     if missing or unexpected:
-        raise UserError(f"{file}: keys do not fit {model.config.model_type}: missing {missing[:3]}, unexpected {unexpected[:3]}")
+        raise UserError(f"{path}: keys do not fit {model.config.model_type}: missing {missing[:3]}, unexpected {unexpected[:3]}")
     for key, parameter in own.items():
         if stored[key].shape != parameter.shape:
-            raise UserError(f"{file}: {key} has shape {tuple(stored[key].shape)}, config.json says {tuple(parameter.shape)}")
+            raise UserError(f"{path}: {key} has shape {tuple(stored[key].shape)}, config.json says {tuple(parameter.shape)}")
     return stored
 
 
@@ -141,7 +145,7 @@ def save_model(model: CausalLM, tokenizer: Tokenizer, path: str | Path) -> None:
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]
     dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
-    rope, architecture = model.config.rope, {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[model.config.model_type]
+    rope, architecture = model.config.rope, f"{model.config.model_type.capitalize()}ForCausalLM"
     scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
     config = {**model.config.raw, "architectures": [architecture], "dtype": dtype, "torch_dtype": dtype, "rope_parameters": rope,
               "rope_theta": rope["rope_theta"], "rope_scaling": None if rope["rope_type"] == "default" else scaling}

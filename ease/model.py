@@ -1,4 +1,4 @@
-"""One decoder-only transformer for Llama- and Qwen2-style checkpoints, under their Hugging Face key names.
+"""One decoder-only transformer for llama, qwen2, qwen3 and mistral checkpoints, under their Hugging Face key names.
 
 Shapes: B rows, T positions, S cached positions, D width, H query heads, K key/value heads, d head_dim, F MLP width, V vocabulary.
 """
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ease.records import UserError
 
-MODEL_TYPES = ("llama", "qwen2")
+MODEL_TYPES = ("llama", "qwen2", "qwen3", "mistral")
 ROPE_TYPES = ("default", "linear", "llama3")
 
 
@@ -34,6 +34,8 @@ class ModelConfig:
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
+    qk_norm: bool  # qwen3: RMSNorm on every query and key head
+    sliding_window: int  # mistral: 0, or a window that no sequence may exceed (windowed attention is not implemented)
     raw: dict = field(repr=False, compare=False)  # the file as it was, for save_model
 
     @classmethod
@@ -47,15 +49,17 @@ class ModelConfig:
         if c.get("use_sliding_window"):
             raise UserError(f"{where}: use_sliding_window is not supported")
         try:
-            heads, bias = c["num_attention_heads"], kind == "qwen2" or bool(c.get("attention_bias", False))
+            heads = c["num_attention_heads"]
+            bias = kind == "qwen2" or kind in ("llama", "qwen3") and bool(c.get("attention_bias", False))
+            head_dim = c.get("head_dim") or (128 if kind == "qwen3" else c["hidden_size"] // heads)  # transformers' defaults
             return cls(
                 model_type=kind, vocab_size=c["vocab_size"], hidden_size=c["hidden_size"],
                 intermediate_size=c["intermediate_size"], num_hidden_layers=c["num_hidden_layers"], num_attention_heads=heads,
                 num_key_value_heads=c.get("num_key_value_heads") or heads,
-                head_dim=c.get("head_dim") or c["hidden_size"] // heads,
-                rms_norm_eps=c.get("rms_norm_eps", 1e-6), rope=rope_settings(c, where),
+                head_dim=head_dim, rms_norm_eps=c.get("rms_norm_eps", 1e-6), rope=rope_settings(c, where),
                 tie_word_embeddings=bool(c.get("tie_word_embeddings", False)),
-                qkv_bias=bias, o_bias=bias and kind == "llama", mlp_bias=bool(c.get("mlp_bias", False)) and kind == "llama", raw=c)
+                qkv_bias=bias, o_bias=bias and kind != "qwen2", mlp_bias=bool(c.get("mlp_bias", False)) and kind == "llama",
+                qk_norm=kind == "qwen3", sliding_window=(c.get("sliding_window") or 0) if kind == "mistral" else 0, raw=c)
         except KeyError as e:
             raise UserError(f"{where}: field {e} is missing") from None
 
@@ -142,12 +146,14 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
         self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.o_bias)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cached=None) -> Tensor:
         """x (B, T, D) -> (B, T, D). cached: None, or (cache, layer, slots (B,), positions (B, T), mask (B, 1, T, S))."""
         B, T, _ = x.shape
         q, k, v = (p(x).view(B, T, -1, self.head_dim).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, *rope), rotate(k, *rope)  # (B, H, T, d), (B, K, T, d)
+        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)  # (B, H, T, d), (B, K, T, d)
         mask = None
         if cached is not None:
             cache, layer, slots, positions, mask = cached
@@ -219,6 +225,9 @@ class CausalLM(nn.Module):
         With a cache, row b writes its keys at positions[b] (B, T) of slot slots[b] and looks at the cached positions 0 ..
         positions[b] of that slot; `span` = S bounds the positions looked at.
         """
+        if self.config.sliding_window and max(span, ids.shape[1]) > self.config.sliding_window:
+            raise UserError(f"a sequence of {max(span, ids.shape[1])} tokens exceeds the model's sliding window of "
+                            f"{self.config.sliding_window}, which is not implemented")
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
         x = self.model.embed_tokens(ids)  # (B, T, D)

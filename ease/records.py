@@ -76,16 +76,20 @@ def record_from_dict(row: dict, where: str) -> Record:
     return Record(**{**row, "categories": tuple(row.get("categories", ()))})
 
 
-def read_lines(path: str | Path) -> list[tuple[str, dict]]:
-    """The objects of a JSON Lines file, each with its place "file:line". Blank lines are skipped."""
+def read_text(path: str | Path) -> str:
+    """A UTF-8 file (a byte order mark is skipped)."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        return Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: not UTF-8 text (byte {e.start})") from None
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}") from None
+
+
+def read_lines(path: str | Path) -> list[tuple[str, dict]]:
+    """The objects of a JSON Lines file, each with its place "file:line". Blank lines are skipped."""
     out = []
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines(): U+2028 may stand inside a string
+    for number, line in enumerate(read_text(path).split("\n"), start=1):  # not splitlines(): U+2028 may stand inside a string
         if line.strip():
             try:
                 out.append((f"{path}:{number}", json.loads(line)))

@@ -22,6 +22,13 @@ def test_what_is_not_implemented_is_refused_by_name(changes, message):
         config(**changes)
 
 
+def test_a_sequence_beyond_the_sliding_window_is_refused():
+    model = tiny_model("mistral", sliding_window=16)
+    model(IDS[:, :16])
+    with pytest.raises(UserError, match="17 tokens exceeds the model's sliding window of 16"):
+        model(IDS)
+
+
 def test_missing_field():
     with pytest.raises(UserError, match="hidden_size"):
         ModelConfig.from_json({k: v for k, v in SIZES.items() if k != "hidden_size"} | {"model_type": "llama"})

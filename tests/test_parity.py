@@ -11,6 +11,7 @@ from ease.generate import generate
 from ease.loading import load_model, load_tokenizer, save_model
 from ease.lora import add_lora, load_adapter, lora_state, merge_lora, save_adapter
 from ease.losses import cross_entropy_sum
+from ease.records import UserError
 from tests.tiny import TOKENIZER, VOCAB, tiny_folder
 
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
@@ -23,8 +24,13 @@ CASES = {
     "llama-derived-head-dim-no-groups": ("llama", {"head_dim": None, "hidden_size": 36, "num_key_value_heads": None}),
     "qwen2": ("qwen2", {}),
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {}),
+    "qwen3-tied-biases": ("qwen3", {"tie_word_embeddings": True, "attention_bias": True}),
+    "mistral": ("mistral", {}),
+    "mistral-window": ("mistral", {"sliding_window": 90}),
     "qwen2-linear-rope": ("qwen2", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
 }
+FAMILIES = ["llama", "qwen2", "qwen3", "mistral"]
 IDS = torch.randint(0, VOCAB, (3, 90), generator=torch.Generator().manual_seed(2))
 
 
@@ -46,7 +52,7 @@ def test_logits(tmp_path, case):
     assert "rope_parameters" in json.loads((tmp_path / "theirs/config.json").read_text())  # the new form was read
 
 
-@pytest.mark.parametrize("case", ["llama-llama3-rope", "qwen2-tied"])
+@pytest.mark.parametrize("case", ["llama-llama3-rope", "qwen2-tied", "qwen3", "mistral"])
 @torch.no_grad()
 def test_what_save_model_writes(tmp_path, case):
     model = tiny_folder(tmp_path / "a", CASES[case][0], **CASES[case][1])
@@ -54,7 +60,24 @@ def test_what_save_model_writes(tmp_path, case):
     assert (oracle(tmp_path / "b")(IDS).logits - model(IDS)).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_type", FAMILIES)
+@torch.no_grad()
+def test_sharded(tmp_path, model_type, dtype):
+    """A folder that transformers split into several files, in fp32 and in bf16."""
+    tiny_folder(tmp_path / "whole", model_type)
+    theirs = oracle(tmp_path / "whole").to(dtype)
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="60KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    ours = load_model(str(tmp_path / "shards"))
+    # read anew in fp32: .to(bfloat16) has rounded the rotary table of `theirs`, which no file holds
+    assert (ours(IDS) - oracle(tmp_path / "shards")(IDS).logits).abs().max() < 1e-4
+    sorted((tmp_path / "shards").glob("*.safetensors"))[1].unlink()
+    with pytest.raises(UserError, match="model-00002-of-.* is missing"):
+        load_model(str(tmp_path / "shards"))
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
 @torch.no_grad()
 def test_masked_loss(tmp_path, model_type):
     tiny_folder(tmp_path, model_type)
@@ -66,7 +89,7 @@ def test_masked_loss(tmp_path, model_type):
     assert abs(loss - wanted) < 1e-5 * wanted
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_greedy_continuations(tmp_path, model_type):
     """20 prompts x 32 tokens, batched in refilled slots, batched whole and one by one, against generate()."""
     tiny_folder(tmp_path, model_type)
@@ -90,7 +113,7 @@ def trained_adapter(model, targets):
         p.data.normal_(0, 0.15, generator=torch.Generator().manual_seed(i))  # B is not zero
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+@pytest.mark.parametrize("model_type", FAMILIES)
 @torch.no_grad()
 def test_our_adapter_in_peft_and_our_merged_folder(tmp_path, model_type):
     model = tiny_folder(tmp_path / "base", model_type)
@@ -107,7 +130,7 @@ def test_our_adapter_in_peft_and_our_merged_folder(tmp_path, model_type):
 @pytest.mark.parametrize("settings", [
     {"target_modules": ["q_proj", "up_proj"]}, {"target_modules": r".*layers\.1\..*(k|v)_proj"}, {"target_modules": "all-linear"},
     {"target_modules": ["k_proj"], "use_rslora": True}])
-@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+@pytest.mark.parametrize("model_type", FAMILIES)
 @torch.no_grad()
 def test_pefts_adapter_here(tmp_path, model_type, settings):
     ours = tiny_folder(tmp_path / "base", model_type)

@@ -17,9 +17,11 @@ def test_star1(tmp_path):
 
 
 @pytest.mark.parametrize("rows, message", [
-    ([], "at least one"), ({"a": 1}, "JSON array"), ([{**ROW, "question": None}], "row 0: STAR-1 needs 'question'"),
-    ([ROW, {k: v for k, v in ROW.items() if k != "category"}], "row 1: STAR-1 needs 'category'.*'question'"),  # says what was found
+    ([], "at least one"), ({"a": 1}, "JSON array"), ([{**ROW, "question": None}], "row 0: a field has the wrong type"),
+    ([ROW, {k: v for k, v in ROW.items() if k != "category"}], "row 1: field 'category' is missing; found .*'question'"),
     ([{**ROW, "response": "no block"}], "row 0: field 'response': the think block is absent"), ([ROW, ROW], "already used"), ([3], "found int"),
+    ([{**ROW, "category": ["Arson"]}], "unknown category 'arson'"),
+    ([{"text": "x", "y": 1}], "row 0: unknown columns text, y; accepted: id, kind, prompt; category, id, question, response; goal, target"),
 ])
 def test_star1_errors(tmp_path, rows, message):
     (tmp_path / "star.json").write_text(json.dumps(rows))
@@ -30,3 +32,42 @@ def test_star1_errors(tmp_path, rows, message):
 def test_named_records_keep_their_request(tmp_path):
     write_jsonl(tmp_path / "diag.jsonl", [Record("1", "p", "harmful"), Record("2", "q", "harmful", group="g")])
     assert [(r.id, r.request) for r in read_named(tmp_path / "diag.jsonl")] == [("diag/1", "1"), ("diag/2", "g")]
+
+
+def read(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    return read_records(tmp_path / name)
+
+
+def test_tables(tmp_path):
+    """CSV with quotes and line breaks in a field, TSV, and the kinds that the columns stand for."""
+    assert read(tmp_path, "a.csv", 'goal,target\n"Do a, b\nand c","Sure, here"\nDo d,Sure\n') == [
+        Record("0", "Do a, b\nand c", "harmful", source="AdvBench", target="Sure, here"), Record("1", "Do d", "harmful", source="AdvBench", target="Sure")]
+    assert read(tmp_path, "x.csv", "id,prompt,type,label,focus,note\n1,How?,homonyms,safe,k,v\n2,Bad?,contrast,unsafe,k,v\n") == [
+        Record("1", "How?", "benign", source="XSTest/homonyms"), Record("2", "Bad?", "harmful", source="XSTest/contrast")]
+    assert read(tmp_path, "s.csv", "category,source,forbidden_prompt\nc,o,Bad?\n") == [Record("0", "Bad?", "harmful", source="StrongREJECT/c")]
+    wild = read(tmp_path, "w.tsv", "vanilla\tadversarial\tcompletion\tdata_type\nv\t\tno.\tvanilla_harmful\nv\twrapped v\tno.\tadversarial_harmful\n"
+                                   "u\twrapped u\tyes\tadversarial_benign\n")
+    assert [(r.prompt, r.kind, r.response) for r in wild] == [("v", "harmful", "no."), ("wrapped v", "adversarial_harmful", "no."), ("wrapped u", "adversarial_benign", "yes")]
+    assert wild[0].group == wild[1].group != wild[2].group  # one underlying request, two forms
+
+
+def test_artifacts_and_tasks(tmp_path, capsys):
+    jailbreak = {"index": 3, "goal": "g", "behavior": "b", "category": "c", "prompt": "p", "response": "harmful text", "jailbroken": True}
+    found = read(tmp_path, "j.json", json.dumps({"parameters": {"method": "PAIR"}, "jailbreaks": [jailbreak, {**jailbreak, "index": 4, "prompt": None}]}))
+    assert found == [Record("3", "p", "adversarial_harmful", source="JailbreakBench", group="b", attack="PAIR")]  # no response: it is the attacked model's
+    assert "dropped 1 of 2 rows without a prompt" in capsys.readouterr().out
+    assert read(tmp_path, "g.jsonl", '{"question": "1+1?", "answer": "#### 2"}\n') == [Record("0", "1+1?", "benign", "#### 2", source="GSM8K")]
+    assert read(tmp_path, "al.json", '[{"instruction": "Sum up.", "input": "a text", "output": "t"}]') == [
+        Record("0", "Sum up.\n\na text", "benign", "t", source="Alpaca")]
+    seed = {"id": "seed_task_0", "name": "n", "instruction": "Do.", "instances": [{"input": "", "output": "done "}], "is_classification": False}
+    assert read(tmp_path, "t.jsonl", json.dumps(seed) + "\n") == [Record("seed_task_0", "Do.", "benign", "done", source="self-instruct")]
+
+
+@pytest.mark.parametrize("name, text, message", [
+    ("e.csv", "goal,target\n", "no rows"), ("l.csv", "id,prompt,type,label\n1,p,t,maybe\n", "l.csv:2: field 'label' is 'maybe'"),
+    ("d.tsv", "vanilla\tadversarial\tcompletion\tdata_type\nv\ta\tc\tother\n", "field 'data_type' is 'other'"),
+    ("i.jsonl", '{"id": "1", "instruction": "x", "instances": []}\n', "i.jsonl:1: a field has the wrong type")])
+def test_table_errors(tmp_path, name, text, message):
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, name, text)
