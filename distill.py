@@ -29,7 +29,7 @@ from ease.policies import load_policies, teacher_messages
 from ease.readers import read_named
 from ease.records import Record, UserError, write_jsonl, write_text
 from ease.run import (command_line, finish, is_done, learning_rate, log, make_optimizer, open_run, optimizer_step, resume, save_state, stage, stop_if_not_finite)
-from ease.tokenizer import Tokenizer
+from ease.tokenizer import Tokenizer, shared_vocabulary
 from ease.traces import rejection_sample
 
 
@@ -113,7 +113,20 @@ def teacher_view(cfg: Config, teacher: Tokenizer, records: dict[str, Record], ex
     return out
 
 
-def losses(cfg: Config, model: CausalLM, batch, teacher: CausalLM | None, teacher_batch) -> tuple[torch.Tensor, torch.Tensor]:
+def shared_ids(own: Tokenizer, theirs: Tokenizer, model: CausalLM, teacher: CausalLM, device: str) -> torch.Tensor | None:
+    """The ids over which the KL is taken, None for all. Added tokens and rows without a token may differ (R1-Distill-Qwen has
+    Qwen2.5's ordinary vocabulary, but other turn and end tokens).
+    """
+    rows = {m.config.vocab_size for m in (model, teacher)}
+    ids = [i for i in shared_vocabulary(own, theirs) if i < min(rows)]
+    if rows == {len(ids)}:
+        return None
+    print(f"KL over the {len(ids)} ids that mean the same token in both vocabularies ({' and '.join(map(str, sorted(rows)))} rows)")
+    return torch.tensor(ids, device=device)
+
+
+def losses(cfg: Config, model: CausalLM, batch, teacher: CausalLM | None, teacher_batch,
+           shared: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """(cross-entropy sum over all response tokens, KL sum over the trace's own tokens) of one micro-batch."""
     hidden = model.hidden(batch.inputs)  # (B, T, D)
     keep = batch.roles > 0
@@ -122,7 +135,7 @@ def losses(cfg: Config, model: CausalLM, batch, teacher: CausalLM | None, teache
         return ce, torch.zeros((), device=hidden.device)
     with torch.no_grad():
         theirs = teacher.hidden(teacher_batch.inputs)[teacher_batch.body > 0]  # (N, D_t), the same N tokens in the same order
-    kl = sum_over_chunks(lambda h, z: kl_divergence_sum(teacher.logits(z), model.logits(h), cfg.kl_temperature),
+    kl = sum_over_chunks(lambda h, z: kl_divergence_sum(teacher.logits(z), model.logits(h), cfg.kl_temperature, shared),
                          hidden[batch.body > 0], theirs)
     return ce, kl
 
@@ -155,7 +168,8 @@ def main(cfg: Config) -> None:
     started, device = time.time(), pick_device(cfg.device)
     torch.manual_seed(cfg.seed)
     dtype = pick_dtype(cfg.dtype, device)
-    open_run(cfg, [p for p in (cfg.model, cfg.teacher, cfg.prompts, cfg.traces, cfg.policies) if p], device, str(dtype))
+    models = [str(resolve(m)) for m in (cfg.model, cfg.teacher) if m]
+    open_run(cfg, models + [p for p in (cfg.prompts, cfg.traces, cfg.policies) if p], device, str(dtype))
     if is_done(run):
         return
     tokenizer = load_tokenizer(cfg.model)
@@ -174,6 +188,7 @@ def main(cfg: Config) -> None:
     write_text(run / "preview.txt", "\n".join(preview(tokenizer, e) for e in examples[:2]))
     if not cfg.kl_weight:
         teacher = None
+    shared = shared_ids(tokenizer, teacher_tokenizer, model, teacher, device) if teacher else None
     views = teacher_view(cfg, teacher_tokenizer, {r.id: r for r in records}, examples) if teacher else examples
 
     optimizer = make_optimizer(model, cfg.weight_decay)
@@ -194,7 +209,7 @@ def main(cfg: Config) -> None:
         for micro in micro_batches:
             batch = collate([examples[i] for i in micro], device)
             teacher_batch = collate([views[i] for i in micro], device) if teacher else None
-            ce, kl = losses(cfg, model, batch, teacher, teacher_batch)
+            ce, kl = losses(cfg, model, batch, teacher, teacher_batch, shared)
             # sums, each divided once by its count over the whole step: micro-batches weigh every token alike
             ((1 - cfg.kl_weight) * ce / n_ce + cfg.kl_weight * kl / n_kl).backward()
             ce_sum, kl_sum = ce_sum + ce.item(), kl_sum + kl.item()

@@ -20,7 +20,7 @@ import torch
 from ease.gate import THINK_OPEN, UNCLOSED, overlap, split_reasoning
 from ease.generate import generate
 from ease.judge import check_judge, load_judge
-from ease.loading import load_model, load_tokenizer, pick_device, pick_dtype
+from ease.loading import load_model, load_tokenizer, pick_device, pick_dtype, resolve
 from ease.lora import merge_lora
 from ease.readers import read_named
 from ease.records import Record, UserError, read_jsonl, read_lines, unique, write_jsonl, write_text
@@ -168,7 +168,8 @@ def main(cfg: Config) -> None:
     else:
         records = [r for path in cfg.prompts for r in read_named(path)[: cfg.limit or None]]
         unique([(f"--prompts, {r.id.split('/')[0]}", r) for r in records])
-        open_run(cfg, [m for pair in systems.values() for m in pair if m] + list(cfg.prompts), device, str(dtype))
+        models = [str(resolve(model)) for model, _ in systems.values()]
+        open_run(cfg, models + [a for _, a in systems.values() if a] + list(cfg.prompts), device, str(dtype))
         if is_done(run):
             print(glance(json.loads((run / "summary.json").read_text(encoding="utf-8"))))
             return

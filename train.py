@@ -225,8 +225,9 @@ def main(cfg: Config) -> None:
     torch.manual_seed(cfg.seed)
     dtype = pick_dtype(cfg.dtype, device)
     inputs = read_inputs(cfg)
-    open_run(cfg, [p for p in (cfg.model, cfg.init, cfg.diagnostic, cfg.refusals, cfg.general, cfg.prompts, cfg.teacher, cfg.traces,
-                               cfg.policies) if p], device, str(dtype))
+    models = [str(resolve(m)) for m in (cfg.model, cfg.teacher) if m]
+    open_run(cfg, models + [p for p in (cfg.init, cfg.diagnostic, cfg.refusals, cfg.general, cfg.prompts, cfg.traces, cfg.policies) if p],
+             device, str(dtype))
     if is_done(run):
         return
     tokenizer = load_tokenizer(cfg.model)

@@ -43,8 +43,8 @@ def row_uniforms(seed: int, row: int, count: int) -> Tensor:
     return torch.rand(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + row))
 
 
-def prefill(model: CausalLM, cache: KVCache, rows: list[list[int]], slots: list[int], marker: list[int]) -> tuple[Tensor, Tensor]:
-    """Run prompts into their cache slots. Returns the next-token logits (n, V) and the gate probabilities (n,).
+def prefill(model: CausalLM, cache: KVCache, rows: list[list[int]], first: int, marker: list[int]) -> tuple[Tensor, Tensor]:
+    """Run prompts into the cache slots from `first` on. Returns the next-token logits (n, V) and the gate probabilities (n,).
 
     The marker's tokens run behind each prompt, which yields g(q) = prod_i p(m_i | q, m_<i) at no extra pass; their cache
     positions lie beyond the prompt and are overwritten when generation reaches them.
@@ -53,7 +53,7 @@ def prefill(model: CausalLM, cache: KVCache, rows: list[list[int]], slots: list[
     T = max(map(len, rows)) + m
     ids = torch.tensor([r + marker + [0] * (T - m - len(r)) for r in rows], device=device)  # (n, T)
     positions = torch.arange(T, device=device).expand(len(rows), T)
-    hidden = model.hidden(ids, cache, torch.tensor(slots, device=device), positions, span=T)  # (n, T, D)
+    hidden = model.hidden(ids, cache, first, positions, span=T)  # (n, T, D)
     last = torch.tensor([len(r) - 1 for r in rows], device=device)  # (n,)
     at = last[:, None] + torch.arange(max(m, 1), device=device)  # (n, max(m, 1)): the position that predicts marker token i
     logits = model.logits(hidden[torch.arange(len(rows), device=device)[:, None], at]).float()  # (n, max(m, 1), V)
@@ -69,7 +69,8 @@ def generate(model: CausalLM, prompts: list[list[int]], max_new_tokens: int, sto
     """Responses to prompts (token ids), in order. Greedy at temperature 0.
 
     marker: the open marker's ids; with it every Generation carries its gate probability. slots: rows decoded together.
-    A slot is refilled as soon as a quarter of the slots are free (or none is busy), so that prefills stay batched.
+    The busy slots are always the first ones, so that attention reads the cache as it lies: the last row moves into a gap.
+    Free slots are filled as soon as they are a quarter (or none is busy), so that prefills stay batched.
     """
     out, marker, slots = [Generation() for _ in prompts], marker or [], min(slots, max(1, len(prompts)))
     if not prompts:
@@ -78,49 +79,42 @@ def generate(model: CausalLM, prompts: list[list[int]], max_new_tokens: int, sto
     cache = KVCache(model.config, slots, length, next(model.parameters()).dtype, model.device)
     waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))[::-1]  # popped from the end: the longest first
     noise = torch.stack([row_uniforms(seed, i, max_new_tokens) for i in range(len(prompts))]) if temperature else None
-    busy: dict[int, int] = {}  # slot -> row
-    token = torch.zeros(slots, dtype=torch.long)  # the token each slot feeds next
+    busy: list[int] = []  # slot -> row
     bar = tqdm(total=len(prompts), desc=progress, unit="row", disable=not progress)
     clock = time.perf_counter()
 
-    def take(rows: list[int], at: list[int], logits: Tensor) -> None:
-        """Sample one token for each row (in slot `at`); finish rows that stop or are full."""
-        uniform = noise[rows, [len(out[r].ids) for r in rows]].to(logits.device) if temperature else None
-        for row, slot, new in zip(rows, at, sample(logits, temperature, top_p, uniform).tolist()):
-            if new in stop_ids:
-                out[row].finished = True
-            else:
-                out[row].ids.append(new)
-                token[slot] = new
-            if out[row].finished or len(out[row].ids) >= max_new_tokens:
-                del busy[slot]
-                bar.update()
-
-    def charge(rows: list[int]) -> None:
-        """Share the time since the last step among the rows that took part in it."""
+    def take(first: int, logits: Tensor) -> None:
+        """Sample one token for each row in slots first, first + 1, ...; rows that stop or are full leave."""
         nonlocal clock
+        rows = busy[first:]
+        uniform = noise[rows, [len(out[r].ids) for r in rows]].to(logits.device) if temperature else None
+        tokens = sample(logits, temperature, top_p, uniform).tolist()
         now = time.perf_counter()
-        for row in rows:
+        for slot, row, new in reversed(list(zip(range(first, len(busy)), rows, tokens))):  # from behind: the last row stays
             out[row].seconds += (now - clock) / len(rows)
+            out[row].finished = new in stop_ids
+            if not out[row].finished:
+                out[row].ids.append(new)
+            if out[row].finished or len(out[row].ids) >= max_new_tokens:
+                last = busy.pop()
+                if last != row:
+                    cache.move(len(busy), slot)
+                    busy[slot] = last
+                bar.update()
         clock = now
 
     while waiting or busy:
-        free = [s for s in range(slots) if s not in busy]
-        if waiting and (not busy or len(free) * 4 >= slots):
-            filled = {slot: waiting.pop() for slot in free[: len(waiting)]}
-            busy |= filled
-            logits, gate = prefill(model, cache, [prompts[r] for r in filled.values()], list(filled), marker)
-            for row, g in zip(filled.values(), gate.tolist()):
+        first, free = len(busy), slots - len(busy)
+        if waiting and (not busy or free * 4 >= slots):
+            busy += [waiting.pop() for _ in range(min(free, len(waiting)))]
+            logits, gate = prefill(model, cache, [prompts[r] for r in busy[first:]], first, marker)
+            for row, g in zip(busy[first:], gate.tolist()):
                 out[row].gate = g
-            charge(list(filled.values()))
-            take(list(filled.values()), list(filled), logits)
+            take(first, logits)
             continue
-        at, rows = list(busy), list(busy.values())
-        where = torch.tensor([len(prompts[r]) + len(out[r].ids) - 1 for r in rows], device=model.device)  # position of `token`
-        hidden = model.hidden(token[at].to(model.device)[:, None], cache, torch.tensor(at, device=model.device), where[:, None],
-                              span=int(where.max()) + 1)  # (n, 1, D)
-        logits = model.logits(hidden[:, -1])  # (n, V)
-        charge(rows)
-        take(rows, at, logits)
+        token = torch.tensor([[out[r].ids[-1]] for r in busy], device=model.device)  # (n, 1)
+        where = torch.tensor([[len(prompts[r]) + len(out[r].ids) - 1] for r in busy], device=model.device)  # (n, 1): its position
+        hidden = model.hidden(token, cache, 0, where, span=int(where.max()) + 1)  # (n, 1, D)
+        take(0, model.logits(hidden[:, -1]))
     bar.close()
     return out

@@ -1,6 +1,8 @@
 """A model folder in Hugging Face format -> objects, strictly; and back."""
 
+import functools
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -14,12 +16,33 @@ from ease.tokenizer import Tokenizer, read_json
 
 
 def resolve(name: str) -> Path:
-    """The folder of a model. A name that is no model folder is an error (and says how to make the toy world)."""
+    """The folder of a model: the folder itself, which never touches the network, or that of a hub id OWNER/NAME[@REVISION]."""
     path = Path(name)
     if (path / "config.json").is_file():
         return path
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name) and not path.exists() and path.parts[0] not in ("data", "runs", ".", ".."):
+        return fetch(name)
     hint = "; make the toy world with `python -m data.toy`" if path.parts[:2] == ("data", "toy") else ""
     raise UserError(f"{name}: no model here (config.json is missing){hint}")
+
+
+@functools.cache
+def fetch(hub_id: str) -> Path:
+    """A model of the hub, from the client's cache if it has this revision. The folder's name is the commit's hash.
+
+    Weights as safetensors, JSON and chat template of the top folder only: no pickles, no code.
+    """
+    from huggingface_hub import snapshot_download  # here, so that a folder never loads the hub client
+
+    name, _, revision = hub_id.partition("@")
+    try:
+        path = Path(snapshot_download(name, revision=revision or None, allow_patterns=["*.safetensors", "*.json", "*.jinja"],
+                                      ignore_patterns=["*/*"]))
+    except Exception as e:  # the client and the libraries below it raise a dozen unrelated kinds
+        reason = str(e).strip().split("\n")[0]
+        raise UserError(f"{hub_id}: no such folder, and the hub did not give it: {type(e).__name__}: {reason}") from None
+    print(f"{name} at revision {path.name}")
+    return path
 
 
 def load_tokenizer(name: str) -> Tokenizer:

@@ -35,8 +35,8 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out): W x + b + s B A x."""
-        update = self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype)))
-        return F.linear(x, self.weight, self.bias) + (self.scale * update).to(x.dtype)
+        update = self.lora_B(self.scale * self.lora_A(x.to(self.lora_A.weight.dtype)))  # scaled where it is smallest, (..., r)
+        return F.linear(x, self.weight, self.bias) + update.to(x.dtype)
 
     def delta(self) -> Tensor:
         """s B A, (out, in)."""

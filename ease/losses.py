@@ -16,16 +16,18 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
-def kl_divergence_sum(teacher_logits: Tensor, student_logits: Tensor, tau: float = 1.0) -> Tensor:
-    """Teacher-trace KL: tau^2 * sum_t KL( softmax(z_t / tau) || softmax(s_t / tau) ). Both (N, V) -> scalar.
+def kl_divergence_sum(teacher_logits: Tensor, student_logits: Tensor, tau: float = 1.0, shared: Tensor | None = None) -> Tensor:
+    """Teacher-trace KL: tau^2 * sum_t KL( softmax(z_t / tau) || softmax(s_t / tau) ). (N, V_t), (N, V_s) -> scalar.
 
-    z_t: teacher logits in context (q, policy); s_t: student logits in context q, at the same response token. Over the shared
-    vocabulary: the wider side is cut to the narrower one and renormalised by its softmax. tau^2 keeps the size of the
-    gradient independent of tau (arXiv 1503.02531). The teacher gets no gradient. Our addition to the paper's phase 1.
+    z_t: teacher logits in context (q, policy); s_t: student logits in context q, at the same response token. shared (S,): the
+    ids that mean the same token on both sides (tokenizer.shared_vocabulary); both sides are cut to them before the softmax,
+    which so renormalises. None: all do, V_t = V_s. tau^2 keeps the size of the gradient independent of tau
+    (arXiv 1503.02531). The teacher gets no gradient. Our addition to the paper's phase 1.
     """
-    shared = min(teacher_logits.shape[-1], student_logits.shape[-1])
-    log_p = F.log_softmax(teacher_logits[:, :shared].detach().float() / tau, dim=-1)  # (N, V)
-    log_q = F.log_softmax(student_logits[:, :shared].float() / tau, dim=-1)  # (N, V)
+    if shared is not None:
+        teacher_logits, student_logits = teacher_logits[:, shared], student_logits[:, shared]  # (N, S)
+    log_p = F.log_softmax(teacher_logits.detach().float() / tau, dim=-1)
+    log_q = F.log_softmax(student_logits.float() / tau, dim=-1)
     return tau**2 * F.kl_div(log_q, log_p, reduction="sum", log_target=True)
 
 

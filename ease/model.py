@@ -130,10 +130,19 @@ class KVCache:
         self.k = torch.zeros(shape, dtype=dtype, device=device)  # (L, slots, K, length, d)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
 
-    def write(self, layer: int, slots: Tensor, positions: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store k, v (B, K, T, d) of rows `slots` (B,) at `positions` (B, T)."""
-        self.k[layer][slots[:, None], :, positions] = k.transpose(1, 2)  # advanced indices in front: (B, T, K, d)
-        self.v[layer][slots[:, None], :, positions] = v.transpose(1, 2)
+    def write(self, layer: int, first: int, positions: Tensor, k: Tensor, v: Tensor) -> None:
+        """Store k, v (B, K, T, d) of slots first .. first + B - 1 at `positions` (B, T)."""
+        slots = torch.arange(first, first + len(positions), device=positions.device)[:, None]  # (B, 1)
+        self.k[layer][slots, :, positions] = k.transpose(1, 2)  # advanced indices in front: (B, T, K, d)
+        self.v[layer][slots, :, positions] = v.transpose(1, 2)
+
+    def read(self, layer: int, first: int, rows: int, span: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (rows, K, span, d) of consecutive slots: views, nothing is copied."""
+        return self.k[layer][first : first + rows, :, :span], self.v[layer][first : first + rows, :, :span]
+
+    def move(self, source: int, target: int) -> None:
+        """Slot target becomes a copy of slot source."""
+        self.k[:, target], self.v[:, target] = self.k[:, source], self.v[:, source]
 
 
 class Attention(nn.Module):
@@ -150,16 +159,15 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cached=None) -> Tensor:
-        """x (B, T, D) -> (B, T, D). cached: None, or (cache, layer, slots (B,), positions (B, T), mask (B, 1, T, S))."""
+        """x (B, T, D) -> (B, T, D). cached: None, or (cache, layer, first slot, positions (B, T), mask (B, 1, T, S))."""
         B, T, _ = x.shape
         q, k, v = (p(x).view(B, T, -1, self.head_dim).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)  # (B, H, T, d), (B, K, T, d)
         mask = None
         if cached is not None:
-            cache, layer, slots, positions, mask = cached
-            cache.write(layer, slots, positions, k, v)
-            S = mask.shape[-1]
-            k, v = cache.k[layer][slots, :, :S], cache.v[layer][slots, :, :S]  # (B, K, S, d)
+            cache, layer, first, positions, mask = cached
+            cache.write(layer, first, positions, k, v)
+            k, v = cache.read(layer, first, B, mask.shape[-1])  # (B, K, S, d)
         # Right padding needs no mask: a real position never looks to its right.
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
@@ -218,11 +226,11 @@ class CausalLM(nn.Module):
         """Where the weights are."""
         return self.lm_head.weight.device
 
-    def hidden(self, ids: Tensor, cache: KVCache | None = None, slots: Tensor | None = None,
+    def hidden(self, ids: Tensor, cache: KVCache | None = None, first: int = 0,
                positions: Tensor | None = None, span: int = 0) -> Tensor:
         """Last hidden states (B, T, D) of ids (B, T), right-padded.
 
-        With a cache, row b writes its keys at positions[b] (B, T) of slot slots[b] and looks at the cached positions 0 ..
+        With a cache, row b writes its keys at positions[b] (B, T) of slot first + b and looks at the cached positions 0 ..
         positions[b] of that slot; `span` = S bounds the positions looked at.
         """
         if self.config.sliding_window and max(span, ids.shape[1]) > self.config.sliding_window:
@@ -238,7 +246,7 @@ class CausalLM(nn.Module):
             mask = torch.arange(span, device=ids.device) <= positions[:, None, :, None]  # (B, 1, T, S)
         for i, layer in enumerate(self.model.layers):
             if cache is not None:
-                cached = (cache, i, slots, positions, mask)
+                cached = (cache, i, first, positions, mask)
             x = layer(x, rope, cached)
         return self.model.norm(x)
 

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from ease.gate import split_reasoning
+from ease.gate import THINK_OPEN, split_reasoning
 from ease.generate import generate
 from ease.judge import Judge
 from ease.model import CausalLM
@@ -20,14 +20,15 @@ def rejection_sample(teacher: CausalLM, tokenizer: Tokenizer, judge: Judge, reco
     rules: (instruction, {category: policy}). Returns the accepted records (in order, with reasoning and response) and every
     rejected sample as {..., "text", "attempt", "reason"}: nothing is dropped unseen.
     """
+    opened = THINK_OPEN if tokenizer.opens_thinking else ""  # R1's template opens the block: it belongs to the trace
     accepted: dict[str, Record] = {}
     rejected: list[dict] = []
     for attempt in range(attempts):
         left = [r for r in records if r.id not in accepted]
-        prompts = [tokenizer.encode_prompt(teacher_messages(r.prompt, r.categories, *rules)) for r in left]
+        prompts = [tokenizer.encode_prompt(teacher_messages(r.prompt, r.categories, *rules)) + tokenizer.encode(opened) for r in left]
         samples = generate(teacher, prompts, max_new_tokens, tokenizer.stop_ids, temperature, top_p, seed + attempt, slots=slots,
                            progress=f"traces, attempt {attempt + 1}")
-        texts = [tokenizer.decode(s.ids) for s in samples]
+        texts = [opened + tokenizer.decode(s.ids) for s in samples]
         parts = [split_reasoning(t) for t in texts]
         verdicts = judge(left, [answer for _, answer, _ in parts])
         for record, text, (reasoning, answer, _), verdict, s in zip(left, texts, parts, verdicts, samples, strict=True):

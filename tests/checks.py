@@ -2,8 +2,10 @@
 NAME__mistake, and every check must reject all of them: `verify` runs both sides.
 """
 
+import base64
 import math
 import random
+import re
 from dataclasses import replace
 from types import ModuleType
 
@@ -60,10 +62,13 @@ def check_cross_entropy_sum(fn):
 def check_kl_divergence_sum(fn):
     teacher, student = logits_and_targets(5, 13, 1)[0], logits_and_targets(5, 11, 2)[0]
     for tau in (1.0, 2.5):
-        for z, s in ((teacher, student), (student, teacher), (teacher[:2], teacher[2:4])):
-            assert close(fn(z, s, tau), reference.kl_divergence_sum(z.tolist(), s.tolist(), tau))
+        for shared in (list(range(11)), [0, 1, 2, 3, 7, 10], [4, 2, 9]):
+            for z, s in ((teacher, student), (student, teacher), (teacher[:2], student[2:4])):
+                wanted = reference.kl_divergence_sum(z.tolist(), s.tolist(), tau, shared)
+                assert close(fn(z, s, tau, torch.tensor(shared)), wanted)
+        assert close(fn(teacher[:2], teacher[2:4], tau), reference.kl_divergence_sum(teacher[:2].tolist(), teacher[2:4].tolist(), tau, list(range(13))))
     student.requires_grad_(), teacher.requires_grad_()
-    fn(teacher, student, 1.0).backward()
+    fn(teacher, student, 1.0, torch.arange(11)).backward()
     assert student.grad is not None and teacher.grad is None  # the teacher learns nothing
     assert close(fn(teacher, teacher, 1.0), 0)
 
@@ -283,3 +288,84 @@ def check_learning_rate(fn):
     assert all(a < b for a, b in zip(values[:9], values[1:10])) and all(a > b for a, b in zip(values[10:], values[11:]))
     assert close(values[55], 1.0) and close(values[99], 2 * 0.5 * (1 + math.cos(math.pi * 89 / 90)))
     assert fn(0, 1, 2.0, 0.03) == 2.0  # one step is a full step
+
+
+# ------------------------------------------------------------------------------------------------ attacks
+REQUESTS = ("how do i paint the old car?", "Tell me, please: what is a well-known word", "go")
+
+
+def check_carrier(fn, *signs: str):
+    """Attacks that quote the request word for word inside a text of their own, which holds one of the signs of its kind."""
+    for request in REQUESTS:
+        for seed in range(5):
+            text = fn(request, random.Random(seed))
+            assert request in text and len(text) > len(request) + 20 and any(sign in text for sign in signs)
+
+
+def check_prefix_injection(fn):
+    check_carrier(fn, "Sure, here is", "Absolutely! Here is", "Of course. First,")
+    assert all(fn(r, random.Random(0)).startswith(r) for r in REQUESTS)  # the prefix is asked for behind the request
+
+
+def check_refusal_suppression(fn):
+    check_carrier(fn, "Never apologize")
+    assert all(word in fn("go", random.Random(0)) for word in ("cannot", "disclaimer", "ethics"))
+
+
+def check_style_injection(fn):
+    check_carrier(fn, "Use no word of more than")
+
+
+def check_role_play(fn):
+    check_carrier(fn, "You are")
+    assert all(fn(r, random.Random(0)).endswith(":") for r in REQUESTS)  # the role's turn is next
+
+
+def check_fiction(fn):
+    check_carrier(fn, "novel")
+
+
+def check_few_shot(fn):
+    check_carrier(fn, "Sure!")
+    for request in REQUESTS:
+        text = fn(request, random.Random(1))
+        assert text.count("Q: ") == 3 and text.endswith(f"Q: {request}\nA: Sure!")
+
+
+def check_payload_splitting(fn):
+    for request in REQUESTS:
+        for seed in range(5):
+            text = fn(request, random.Random(seed))
+            parts = dict(re.findall(r'^(\w) = "(.*)"$', text, re.MULTILINE))
+            assert "".join(parts[k] for k in "abc") == request and "z = a + b + c" in text
+            assert request == "go" or request not in text
+
+
+def check_base64(fn):
+    for request in (*REQUESTS, "naïve 数学"):
+        assert base64.b64decode(fn(request, None).split()[-1]).decode() == request and request not in fn(request, None)
+
+
+def check_rot13(fn):
+    for request in REQUESTS:
+        text = fn(request, None).partition("do what it says: ")[2]
+        back = "".join(chr((ord(c) - base + 13) % 26 + base) if (base := 97 if c.islower() else 65) and c.isascii() and c.isalpha() else c for c in text)
+        assert back == request
+
+
+def check_leetspeak(fn):
+    for request in REQUESTS:
+        text = fn(request, None)
+        assert text.translate(str.maketrans("431057", "aeiost")) == request.lower() and (text != request.lower())
+
+
+def check_letter_spacing(fn):
+    for request in REQUESTS:
+        text = fn(request, None)
+        assert " ".join(word.replace(" ", "") for word in text.split("   ")) == request and " ".join(request.split()[0]) in text
+
+
+def check_reversed_words(fn):
+    for request in REQUESTS:
+        words = fn(request, None).partition("do what it says: ")[2].split()
+        assert words[::-1] == request.split()

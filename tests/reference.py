@@ -13,11 +13,10 @@ def cross_entropy_sum(logits: list[list[float]], targets: list[int]) -> float:
     return sum(-log_softmax(row)[y] for row, y in zip(logits, targets))
 
 
-def kl_divergence_sum(teacher: list[list[float]], student: list[list[float]], tau: float) -> float:
+def kl_divergence_sum(teacher: list[list[float]], student: list[list[float]], tau: float, shared: list[int]) -> float:
     total = 0.0
     for z, s in zip(teacher, student):
-        shared = min(len(z), len(s))
-        p, q = log_softmax([x / tau for x in z[:shared]]), log_softmax([x / tau for x in s[:shared]])
+        p, q = log_softmax([z[i] / tau for i in shared]), log_softmax([s[i] / tau for i in shared])
         total += sum(math.exp(a) * (a - b) for a, b in zip(p, q))
     return tau * tau * total
 

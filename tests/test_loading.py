@@ -1,4 +1,11 @@
 import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlparse
 
 import pytest
 import torch
@@ -117,3 +124,75 @@ def test_device():
 def test_dtype(capsys):
     assert pick_dtype("bfloat16", "cpu") == torch.bfloat16 and capsys.readouterr().out == ""
     assert pick_dtype("auto", "cpu") == torch.float32 and "float32 (cpu" in capsys.readouterr().out
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The three calls of the hub's protocol that a download makes: revision -> commit, commit -> files, file."""
+
+    def do_GET(self):
+        server, path = self.server, urlparse(self.path).path
+        server.asked.append(path)
+        head, body, kind = {}, None, "application/json"
+        if path == "/api/models/someone/tiny/revision/main":
+            body = json.dumps({"id": "someone/tiny", "sha": COMMIT, "siblings": []}).encode()
+        elif path.startswith(f"/api/models/someone/tiny/tree/{COMMIT}"):
+            files = [f for f in server.folder.rglob("*") if f.is_file()]
+            body = json.dumps([{"type": "file", "path": f.relative_to(server.folder).as_posix(), "size": f.stat().st_size, "oid": f.name} for f in files]).encode()
+        elif path.startswith(f"/someone/tiny/resolve/{COMMIT}/"):
+            name = path.rpartition(f"{COMMIT}/")[2]
+            body, kind = (server.folder / name).read_bytes(), "application/octet-stream"
+            head = {"ETag": f'"{name}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        self.send_response(200 if body is not None else 404)
+        for key, value in {"Content-Type": kind, "Content-Length": str(len(body or b"")), **head}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if body and self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *arguments):
+        """Quiet."""
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub(tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.folder, server.asked = tmp_path / "served", []
+    tiny_folder(server.folder)
+    for extra in ("pytorch_model.bin", "code.py", "onnx/config.json"):  # never fetched
+        (server.folder / extra).parent.mkdir(exist_ok=True)
+        (server.folder / extra).write_text("{}")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def in_a_process(tmp_path, code: str, port: int) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()} | {
+        "HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    return subprocess.run([sys.executable, "-c", "import sys\nfrom ease.loading import *\n" + code], env=environment, capture_output=True, text=True,
+                          cwd=Path(__file__).parent.parent, check=False)
+
+
+def test_hub_ids(tmp_path, hub):
+    """Fetched once through the client, known by its commit, loaded like a folder; a folder asks nobody and loads no client."""
+    code = "print(load_model('someone/tiny')(torch.arange(5)[None]).sum().item()); load_tokenizer('someone/tiny'); print(resolve('someone/tiny').name)"
+    wanted = load_model(str(hub.folder))(torch.arange(5)[None]).sum().item()
+    found = in_a_process(tmp_path, code, hub.server_port)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.splitlines() == [f"someone/tiny at revision {COMMIT}", str(wanted), COMMIT]
+    names = {path.rpartition("/")[2] for path in hub.asked if "/resolve/" in path}
+    assert names == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    hub.asked.clear()
+    found = in_a_process(tmp_path, f"load_model({str(hub.folder)!r}); load_tokenizer({str(hub.folder)!r}); print('huggingface_hub' in sys.modules)", hub.server_port)
+    assert found.stdout == "False\n" and not hub.asked, found.stderr
+    found = in_a_process(tmp_path, "resolve(f'someone/tiny@" + COMMIT + "')", 1)  # nobody there: the cache has this revision
+    assert found.stdout == f"someone/tiny at revision {COMMIT}\n", found.stderr
+    for name, port, message in (("someone/nothing", hub.server_port, "someone/nothing: no such folder, and the hub did not give it"),
+                                ("other/model", 1, "other/model: no such folder"), ("runs/none", hub.server_port, "runs/none: no model here")):
+        found = in_a_process(tmp_path, f"resolve({name!r})", port)
+        assert f"ease.records.UserError: {message}" in found.stderr and len(found.stderr.split("UserError: ")[1].splitlines()) == 1

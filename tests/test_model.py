@@ -68,23 +68,27 @@ def test_rows_and_positions_matter():
 
 
 def test_cache_equals_full_forward():
-    """Prefill of unequal rows into slots out of order, then one token at a time, against the whole sequence at once."""
+    """Prefill of unequal rows into slots 1 to 3, then one token at a time, against the whole sequence at once; then slot 3 moves to 0."""
     model, full = tiny_model(), tiny_model()(IDS)
     cache = KVCache(model.config, 5, 20, torch.float32, torch.device("cpu"))
     cache.k.fill_(9.0), cache.v.fill_(9.0)  # what an earlier row left behind
-    slots, lengths = torch.tensor([4, 0, 2]), torch.tensor([7, 3, 5])
-    first = model.logits(model.hidden(IDS[:, :7], cache, slots, torch.arange(7).expand(3, 7), span=7))
+    lengths = torch.tensor([7, 3, 5])
+    first = model.logits(model.hidden(IDS[:, :7], cache, 1, torch.arange(7).expand(3, 7), span=7))
     for b, n in enumerate(lengths):
         assert torch.allclose(first[b, :n], full[b, :n], atol=1e-4)
     for step in range(6):
         at = lengths + step
-        out = model.logits(model.hidden(IDS[torch.arange(3), at][:, None], cache, slots, at[:, None], span=int(at.max()) + 1))
+        out = model.logits(model.hidden(IDS[torch.arange(3), at][:, None], cache, 1, at[:, None], span=int(at.max()) + 1))
         assert torch.allclose(out[:, 0], full[torch.arange(3), at], atol=1e-4)
+    cache.move(3, 0)
+    at = lengths[2:] + 6
+    out = model.logits(model.hidden(IDS[2:, at], cache, 0, at[:, None], span=int(at) + 1))
+    assert torch.allclose(out[0, 0], full[2, at[0]], atol=1e-4)
 
 
 def test_cache_positions_beyond_the_row_are_not_seen():
     model = tiny_model()
     cache = KVCache(model.config, 1, 20, torch.float32, torch.device("cpu"))
-    model.hidden(IDS[:1, :12], cache, torch.tensor([0]), torch.arange(12)[None], span=12)
-    out = model.hidden(IDS[:1, 4:5], cache, torch.tensor([0]), torch.tensor([[4]]), span=12)  # rewinds to position 4
+    model.hidden(IDS[:1, :12], cache, 0, torch.arange(12)[None], span=12)
+    out = model.hidden(IDS[:1, 4:5], cache, 0, torch.tensor([[4]]), span=12)  # rewinds to position 4
     assert torch.allclose(out[0, 0], model.hidden(IDS[:1, :5])[0, 4], atol=1e-4)

@@ -19,7 +19,8 @@ from ease.loading import load_model, load_tokenizer
 from ease.losses import gated_cross_entropy
 from ease.records import Record, UserError, read_jsonl, read_lines, write_jsonl
 from ease.scoring import is_refusal, target_verdict
-from tests.tiny import tiny_folder
+from ease.tokenizer import shared_vocabulary
+from tests.tiny import VOCAB, tiny_folder
 
 ROOT = Path(__file__).parent.parent
 
@@ -226,6 +227,32 @@ def test_stored_traces_need_no_teacher_and_hold_out(runs, tmp_path, capsys):
     assert len(read_jsonl(tmp_path / "run/held_out.jsonl")) == 4 and len(read_jsonl(tmp_path / "run/trained_on.jsonl")) == 8
     assert last["held_out_nll_after"] < last["held_out_nll_before"] and "held-out traces" in capsys.readouterr().out
     assert not {r.id for r in read_jsonl(tmp_path / "run/held_out.jsonl")} & {r.id for r in read_jsonl(tmp_path / "run/trained_on.jsonl")}
+
+
+def test_kl_with_a_teacher_of_other_control_tokens(runs, tmp_path, capsys):
+    """As R1-Distill-Qwen and Qwen2.5: one ordinary vocabulary, other turn and end tokens, more rows. The KL is over the shared ids only."""
+    tiny_folder(tmp_path / "teacher", vocab_size=VOCAB + 7)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (tmp_path / "teacher" / name).read_text()
+        assert "<|end|>" in text and "<|assistant|>" in text
+        (tmp_path / "teacher" / name).write_text(text.replace("<|end|>", "<|stop|>").replace("<|assistant|>", "<|machine|>"))
+    cfg = distill.Config(model=runs.ease.model, teacher=str(tmp_path / "teacher"), out=str(tmp_path / "run"), steps=1, batch_size=4,
+                         traces=str(runs.out / "phase1/traces.jsonl"), policies=runs.ease.policies)
+    distill.main(cfg)
+    assert f"KL over the {VOCAB - 2} ids that mean the same token in both vocabularies ({VOCAB} and {VOCAB + 7} rows)" in capsys.readouterr().out
+    assert rows(tmp_path / "run/metrics.jsonl")[0]["kl"] > 0
+    own, theirs = load_tokenizer(cfg.model), load_tokenizer(cfg.teacher)
+    assert set(range(VOCAB)) - set(shared_vocabulary(own, theirs)) == {own.control["<|end|>"], own.control["<|assistant|>"]}
+    model, teacher = load_model(cfg.model), load_model(cfg.teacher)
+    record = read_jsonl(cfg.traces)[0]
+    batch = collate([encode_record(own, record)], "cpu")
+    keep, shared = batch.body > 0, torch.tensor(shared_vocabulary(own, theirs))
+    kl = distill.losses(cfg, model, batch, teacher, batch, shared)[1]
+    z, s = (m.logits(m.hidden(batch.inputs)[keep]) for m in (teacher, model))
+    for i in (own.control["<|end|>"], VOCAB + 3):  # what the teacher gives to tokens that the student does not have changes nothing
+        z[:, i] = 50.0
+    p, q = z[:, shared].log_softmax(-1), s[:, shared].log_softmax(-1)
+    assert kl.item() == pytest.approx((p.exp() * (p - q)).sum().item(), rel=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ mistakes

@@ -1,3 +1,5 @@
+import copy
+
 from ease import traces
 from ease.generate import Generation
 from ease.policies import INSTRUCTION, POLICIES
@@ -31,6 +33,27 @@ def test_rejection_sampling(monkeypatch):
         ("b", 1, "no think block"), ("c", 1, "think block unclosed"), ("b", 2, "harmful request, answer judged unsafe"),
         ("c", 2, "no think block"), ("c", 3, "cut off")]
     assert seeds == [10, 11, 12] and INSTRUCTION  # another seed each time, or the same sample would come again
+
+
+def test_a_template_that_opens_the_block_gets_its_marker_back(monkeypatch):
+    """R1's teachers generate behind "<think>\\n": the prompt ends in it, and the sampled text begins with it again."""
+    prompts = []
+
+    def generate(model, given, *more, **named):
+        prompts.extend(given)
+        return [Generation(TOKENIZER.encode("the request is bad.\n</think>\n\nno."), finished=True)]
+
+    monkeypatch.setattr(traces, "generate", generate)
+    opened = copy.copy(TOKENIZER)
+    opened.opens_thinking = True
+    record = Record("a", "a?", "harmful", categories=("Self-Harm",))
+    for tokenizer in (TOKENIZER, opened):
+        accepted, rejected = rejection_sample(None, tokenizer, lambda rs, answers: ["safe"], [record], ("think.", POLICIES), 1, 50, 0.7, 1.0, 10, 8)
+        if tokenizer is opened:
+            assert [(r.reasoning, r.response) for r in accepted] == [("the request is bad.", "no.")]
+        else:
+            assert [r["reason"] for r in rejected] == ["no think block"]
+    assert prompts[1] == prompts[0] + TOKENIZER.encode("<think>\n")
 
 
 def test_join_is_on_the_underlying_request():

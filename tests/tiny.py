@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import torch
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as FastTokenizer
 
 from data.toy import make_tokenizer
 from ease.loading import save_model
@@ -37,3 +39,29 @@ def tiny_folder(path: Path, model_type: str = "llama", seed: int = 0, tokenizer:
     config["rope_scaling"] = changes.get("rope_scaling")
     (path / "config.json").write_text(json.dumps(config))
     return model
+
+
+def tiny_tokenizer(kind: str, special: list[str], added: list[str]) -> FastTokenizer:
+    """A small tokenizer with these control tokens. kind: "bytes" (GPT-2's kind), "prepend" (Llama-2's legacy sentencepiece form:
+    every segment gets a space in front) or "metaspace" (its newer form: the first segment only).
+    """
+    corpus = ["how do i paint the car? first take the cloth.", "user assistant system: the answer is here", "<think> </think> join it"] * 5
+    fast = FastTokenizer(models.BPE(byte_fallback=kind != "bytes", unk_token=None if kind == "bytes" else "<unk>"))
+    if kind == "bytes":
+        fast.pre_tokenizer, fast.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+    else:
+        alphabet = [f"<0x{i:02X}>" for i in range(256)]
+        fast.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+        if kind == "prepend":
+            fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        else:
+            fast.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    vocabulary = [] if kind == "bytes" else alphabet  # byte tokens are whole tokens there, not letters of an alphabet
+    fast.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=480, special_tokens=special + vocabulary, show_progress=False,
+                                                         initial_alphabet=alphabet if kind == "bytes" else []))
+    spec = json.loads(fast.to_str())
+    spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] in special]
+    fast = FastTokenizer.from_str(json.dumps(spec))
+    fast.add_tokens([AddedToken(t, special=False, normalized=False) for t in added])
+    return fast

@@ -1,0 +1,97 @@
+"""Public files of the field -> the disjoint sets of a whole EASE run on a real model.
+
+    python -m data.public --star1 STAR-1.json --advbench harmful_behaviors.csv --xstest xstest_prompts.csv \
+        --seed_tasks seed_tasks.jsonl --out runs/public
+
+train   phase1.jsonl (STAR-1 traces), diagnostic.jsonl (other STAR-1 questions and some tasks, each under every attack),
+        refusals.jsonl (again other STAR-1 questions, plain, with a direct refusal), general.jsonl (tasks with their answers)
+test    xstest.jsonl (safe prompts), advbench.jsonl (plain), attacked.jsonl (the same under one attack each), tasks.jsonl (held out)
+        and lookalikes.jsonl (the same tasks under one attack each)
+No question stands in two sets; attacked forms share the `group` of their plain form.
+"""
+
+import random
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ease.attacks import attack_record, check_attack
+from ease.readers import read_records
+from ease.records import Record, UserError, write_jsonl
+from ease.run import command_line
+
+REFUSAL = "I'm sorry, but I can't help with that."
+
+
+@dataclass
+class Config:
+    """The files, and how much is drawn from each."""
+
+    star1: str  # STAR-1.json: questions with reasoning traces
+    advbench: str  # AdvBench harmful_behaviors.csv
+    xstest: str  # XSTest prompts
+    seed_tasks: str  # self-instruct seed_tasks.jsonl, or another file of tasks with answers
+    out: str  # where the sets go
+    attacks: list[str] = ("prefix_injection", "refusal_suppression", "role_play")  # of the diagnostic set and of the test
+    phase1: int = 250  # STAR-1 rows for phase 1, held-out ones included
+    questions: int = 200  # STAR-1 questions of the diagnostic set
+    refusals: int = 200  # STAR-1 questions with a direct refusal
+    lookalikes: int = 40  # tasks of the diagnostic set
+    test_safe: int = 60  # XSTest
+    test_harmful: int = 40  # AdvBench
+    test_tasks: int = 40  # tasks
+    seed: int = 0  # of all draws
+
+
+def draw(path: str, records: list[Record], counts: dict[str, int], rng: random.Random) -> dict[str, list[Record]]:
+    """Disjoint random parts of the records, as many as counts says; the part "rest" takes all that is left."""
+    if sum(counts.values()) > len(records):
+        raise UserError(f"{path}: {sum(counts.values())} records are wanted ({counts}), there are {len(records)}")
+    order, parts = rng.sample(records, len(records)), {}
+    for name, n in counts.items():
+        parts[name], order = order[:n], order[n:]
+    return {**parts, "rest": order}
+
+
+def build(cfg: Config) -> dict[str, list[Record]]:
+    """{file stem: records}."""
+    rng = random.Random(f"public {cfg.seed}")
+    star1 = draw(cfg.star1, read_records(cfg.star1), {"phase1": cfg.phase1, "questions": cfg.questions, "refusals": cfg.refusals}, rng)
+    tasks = draw(cfg.seed_tasks, read_records(cfg.seed_tasks), {"test": cfg.test_tasks}, rng)
+    advbench = draw(cfg.advbench, read_records(cfg.advbench), {"test": cfg.test_harmful}, rng)["test"]
+    safe = draw(cfg.xstest, [r for r in read_records(cfg.xstest) if not r.harmful], {"test": cfg.test_safe}, rng)["test"]
+    plain = [replace(r, reasoning="", response="") for r in star1["questions"]]  # traces are joined by train.py, from cfg.star1
+    if cfg.lookalikes > len(tasks["rest"]):
+        raise UserError(f"--lookalikes {cfg.lookalikes}: only {len(tasks['rest'])} tasks are not in the test")
+
+    def one_attack_each(records: list[Record]) -> list[Record]:
+        return [attack_record(r, cfg.attacks[i % len(cfg.attacks)], cfg.seed) for i, r in enumerate(records)]
+
+    return {
+        "phase1": star1["phase1"],
+        "diagnostic": [attack_record(r, a, cfg.seed) for r in plain + tasks["rest"][: cfg.lookalikes] for a in cfg.attacks],
+        "refusals": [replace(r, reasoning="", response=REFUSAL) for r in star1["refusals"]],
+        "general": tasks["rest"],
+        "xstest": safe, "advbench": advbench, "attacked": one_attack_each(advbench),
+        "tasks": tasks["test"], "lookalikes": one_attack_each(tasks["test"]),
+    }
+
+
+def main(cfg: Config) -> None:
+    for name in cfg.attacks:
+        check_attack(name)
+    out = Path(cfg.out)
+    if out.exists():
+        raise UserError(f"{out} exists; delete it to build it again")
+    sets = build(cfg)
+    part = out.with_name(out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    for name, records in sets.items():
+        write_jsonl(part / f"{name}.jsonl", records)
+        print(f"{len(records):5} {name}")
+    part.replace(out)
+    print(f"the sets are in {out}")
+
+
+if __name__ == "__main__":
+    command_line(main, Config)
