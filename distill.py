@@ -79,7 +79,10 @@ class Config:
 def get_traces(cfg: Config, run: Path, teacher: CausalLM | None, tokenizer: Tokenizer | None, dtype, device) -> list[Record]:
     """Steps 1 and 2: accepted traces, from the file or from the teacher. Rejected samples stand in rejected.jsonl."""
     if cfg.traces:
-        traces = [r for r in read_named(cfg.traces) if r.reasoning and r.response]
+        stored = read_named(cfg.traces)
+        traces = [r for r in stored if r.reasoning and r.response]
+        if len(traces) < len(stored):
+            print(f"dropped {len(stored) - len(traces)} of {len(stored)} rows without a trace or an answer")
         wanted = cfg.max_traces + cfg.held_out if cfg.max_traces else len(traces)
         traces = random.Random(f"traces {cfg.seed}").sample(traces, min(wanted, len(traces)))
         print(f"{len(traces)} stored traces from {cfg.traces}")

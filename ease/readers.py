@@ -11,15 +11,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from ease.gate import WELL_FORMED, split_reasoning
-from ease.policies import parse_categories
-from ease.records import Record, UserError, read_lines, read_text, record_from_dict, unique
+from ease.gate import THINK_OPEN, WELL_FORMED, split_reasoning
+from ease.policies import BENIGN, parse_categories
+from ease.records import KINDS, Record, UserError, read_lines, read_text, record_from_dict, unique
 
 
 def read_records(path: str | Path) -> list[Record]:
     """Read any supported file; which format it is in, its columns say. Unknown columns are an error that lists what is known."""
     path = Path(path)
-    rows = {".csv": read_table, ".tsv": read_table, ".json": read_json_rows}.get(path.suffix, read_lines)(path)
+    if path.suffix in (".csv", ".tsv"):
+        rows = read_table(path)
+    else:  # the official code writes JSON arrays into .jsonl files
+        rows = (read_json_rows if path.suffix == ".json" or read_text(path).lstrip().startswith("[") else read_lines)(path)
     where, first = rows[0]
     if not isinstance(first, dict):
         raise UserError(f"{where}: expected an object with named fields, found {type(first).__name__}")
@@ -76,6 +79,11 @@ def convert_row(convert: Callable[[dict, str, int], Record], columns: frozenset[
         raise UserError(f"{where}: a field has the wrong type ({e})") from None
 
 
+def digest(text: str) -> str:
+    """An id for a request in files that have none: equal texts share it, so prompts and traces from two files join."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def star1(row: dict, where: str, i: int) -> Record:
     """STAR-1 (Apache-2.0): id, question, response "<think>\\n..\\n</think>\\n\\nanswer", category [list], source.
 
@@ -110,7 +118,7 @@ def wildjailbreak(row: dict, where: str, i: int) -> Record:
     form, _, harm = row["data_type"].partition("_")
     if form not in ("vanilla", "adversarial") or harm not in ("harmful", "benign"):
         raise UserError(f"{where}: field 'data_type' is {row['data_type']!r}; expected (vanilla|adversarial)_(harmful|benign)")
-    group = hashlib.sha256(row["vanilla"].encode()).hexdigest()[:12]  # the file has no id of the underlying request
+    group = digest(row["vanilla"])  # the file has no id of the underlying request
     return Record(id=str(i), prompt=row[form], kind=("adversarial_" if form == "adversarial" else "") + harm, response=row["completion"] or "",
                   source="WildJailbreak", group=group)
 
@@ -145,6 +153,25 @@ def self_instruct(row: dict, where: str, i: int) -> Record:
                   source="self-instruct")
 
 
+def ease_prompt(row: dict, where: str, i: int) -> Record:
+    """Prompts of the official EASE code: prompt, data_type = "Adversarial Harmful" or "Adversarial Benign"."""
+    kind = row["data_type"].lower().replace(" ", "_")
+    if kind not in KINDS:
+        raise UserError(f"{where}: field 'data_type' is {row['data_type']!r}; expected Adversarial Harmful or Adversarial Benign")
+    return Record(id=str(i), prompt=row["prompt"], kind=kind, source="EASE", group=digest(row["prompt"]))
+
+
+def ease_trace(row: dict, where: str, i: int) -> Record:
+    """Traces as the official EASE code releases them: original_question, response "CoT </think> answer" (the open marker stood in
+    the teacher's prompt), categories [list]. A response without an end of its reasoning is no trace: the record has neither.
+    """
+    text = row["response"] if row["response"].lstrip().startswith(THINK_OPEN.strip()) else THINK_OPEN + row["response"]
+    reasoning, answer, _ = split_reasoning(text)  # both empty if the block is unclosed: then the answer is
+    categories = parse_categories(", ".join(row.get("categories") or []))
+    return Record(id=str(i), prompt=row["original_question"], kind="benign" if categories == (BENIGN,) else "harmful", response=answer,
+                  reasoning=reasoning if answer else "", categories=categories, source="EASE", group=digest(row["original_question"]))
+
+
 # The first format whose columns are all there is taken.
 FORMATS = {
     frozenset({"id", "question", "response", "category"}): star1,
@@ -153,6 +180,8 @@ FORMATS = {
     frozenset({"id", "prompt", "type", "label"}): xstest,
     frozenset({"vanilla", "adversarial", "completion", "data_type"}): wildjailbreak,
     frozenset({"index", "goal", "behavior", "prompt"}): jailbreakbench,
+    frozenset({"prompt", "data_type"}): ease_prompt,
+    frozenset({"original_question", "response"}): ease_trace,
     frozenset({"question", "answer"}): gsm8k,
     frozenset({"instruction", "output"}): alpaca,
     frozenset({"id", "instruction", "instances"}): self_instruct,

@@ -4,6 +4,7 @@ import pytest
 
 from ease.readers import read_named, read_records
 from ease.records import Record, UserError, write_jsonl
+from ease.traces import join_traces
 
 ROW = {"id": "7", "question": "Is it fine to do that?", "response": "<think>\nThe user asks.\n\nSo.\n</think>\n\nNo, it is not.",
        "category": ["Self-Harm", "Illicit / Criminal Behavior"], "source": "Some", "score": {"x": 10}}
@@ -71,3 +72,20 @@ def test_artifacts_and_tasks(tmp_path, capsys):
 def test_table_errors(tmp_path, name, text, message):
     with pytest.raises(UserError, match=message):
         read(tmp_path, name, text)
+
+
+def test_rows_of_the_official_code(tmp_path):
+    """Its prompts (a JSON array in a .jsonl file) and its traces (whose open marker stood in the teacher's prompt) join on the text."""
+    prompts = read(tmp_path, "adversarial_data.jsonl", json.dumps([{"prompt": "p", "data_type": "Adversarial Harmful"}, {"prompt": "q", "data_type": "Adversarial Benign"}], indent=2))
+    assert [(r.prompt, r.kind) for r in prompts] == [("p", "adversarial_harmful"), ("q", "adversarial_benign")]
+    row = {"original_question": "p", "categories": ["Self-Harm"], "categories_raw": "Self-Harm", "prompt": "policies and p"}
+    rows = [{**row, "response": "It is bad.\n</think>\n\nNo."}, {**row, "response": "<think>\nIt is bad.\n</think>\n\nNo."}, {**row, "response": "cut off in the"},
+            {**row, "original_question": "q", "categories": ["benign"], "response": "Fine.\n</think>\n\nYes."}]
+    traces = read(tmp_path, "traces.json", json.dumps(rows))
+    assert [(r.prompt, r.kind, r.reasoning, r.response, r.categories) for r in traces] == [
+        ("p", "harmful", "It is bad.", "No.", ("Self-Harm",)), ("p", "harmful", "It is bad.", "No.", ("Self-Harm",)), ("p", "harmful", "", "", ("Self-Harm",)),
+        ("q", "benign", "Fine.", "Yes.", ("benign",))]
+    assert [(r.prompt, r.reasoning) for r in join_traces(prompts, traces)] == [("p", "It is bad."), ("q", "Fine.")]
+    for changes, message in (({"data_type": "Vanilla"}, "field 'data_type' is 'Vanilla'"), ({"data_type": None}, "wrong type")):
+        with pytest.raises(UserError, match=message):
+            read(tmp_path, "x.json", json.dumps([{"prompt": "p", **changes}]))
