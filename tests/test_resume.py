@@ -1,14 +1,23 @@
-"""A stopped run goes on: 3 + 3 steps equal 6 steps, bit for bit on the CPU, in both training scripts and both ways to train."""
+"""A stopped run goes on: 3 + 3 steps equal 6 steps, bit for bit on the CPU, in both training scripts and both ways to train;
+and after kill -9 the same command ends with the very files of an unbroken run, in every script.
+"""
 
-from dataclasses import replace
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 import distill
+import evaluate
 import train
 from ease import run as run_module
-from tests.test_scripts import rows, runs  # noqa: F401  (the fixture)
+from tests.test_scripts import ROOT, rows, runs  # noqa: F401  (the fixture)
 
 
 class Stop(Exception):
@@ -56,3 +65,46 @@ def test_a_changed_flag_is_not_resumed(runs, tmp_path, monkeypatch):  # noqa: F8
         train.main(cfg)
     with pytest.raises(train.UserError, match="another lr"):
         train.main(replace(cfg, lr=7e-4))
+
+
+def command(script, cfg) -> list[str]:
+    """The command line of a config."""
+    flags = []
+    for f in fields(cfg):
+        value = getattr(cfg, f.name)
+        if value not in ("", (), []):
+            flags += [f"--{f.name}", *map(str, value if isinstance(value, list | tuple) else [str(value).lower() if isinstance(value, bool) else value])]
+    return [sys.executable, f"{script.__name__}.py", *flags]
+
+
+def killed(script, cfg, signs: list[str]) -> None:
+    """Start the command; kill -9 as soon as a file of the next sign is there; start it again, and so on; at last let it end."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # two busy processes on two cores: fewer spinning barriers
+    for sign in signs:
+        process = subprocess.Popen(command(script, cfg), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not list(Path(cfg.out).glob(sign)) and process.poll() is None:
+            time.sleep(0.002)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, f"ended before {sign} was seen"
+    found = subprocess.run(command(script, cfg), cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+
+
+@pytest.mark.parametrize("script, signs", [(distill, ["manifest.json", "traces.jsonl", "checkpoints/step-8"]),
+                                           (train, ["probe.jsonl", "trained_on.jsonl", "checkpoints/step-4"])])
+def test_kill_9_in_training(runs, tmp_path, script, signs):  # noqa: F811
+    base = replace(runs.ease if script is train else runs.phase1, steps=40, save_every=4, merged=False)
+    whole, parts = replace(base, out=str(tmp_path / "whole")), replace(base, out=str(tmp_path / "parts"))
+    killed(script, whole, [])
+    killed(script, parts, signs)
+    for file in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "trained_on.jsonl", "metrics.jsonl", "preview.txt"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes(), file
+
+
+def test_kill_9_in_evaluation(runs, tmp_path):  # noqa: F811
+    base = replace(runs.test, max_new_tokens=24)
+    whole, parts = replace(base, out=str(tmp_path / "whole")), replace(base, out=str(tmp_path / "parts"))
+    killed(evaluate, whole, [])
+    killed(evaluate, parts, ["manifest.json", "rows-base.jsonl", "rows-refusal.jsonl"])
+    a, b = ([{k: v for k, v in row.items() if k != "seconds"} for row in rows(tmp_path / name / "rows.jsonl")] for name in ("whole", "parts"))
+    assert a == b
