@@ -24,9 +24,10 @@ from ease.loading import load_model, load_tokenizer, pick_device, pick_dtype, re
 from ease.lora import merge_lora
 from ease.readers import read_named
 from ease.records import Record, UserError, read_jsonl, read_lines, unique, write_jsonl, write_text
-from ease.report import glance, markdown_report
+from ease.report import gate_svg, glance, markdown_report
 from ease.run import command_line, finish, is_done, open_run
-from ease.scoring import UNPARSED, UNSAFE, agreement, overhead_reduction, rate, summarise
+from ease.scoring import (UNPARSED, UNSAFE, agreement, auroc, choose_threshold, gate_curve, operating_point, overhead_reduction, rate,
+                          summarise)
 
 
 @dataclass
@@ -45,6 +46,10 @@ class Config:
     temperature: float = 0.0  # 0 = greedy
     top_p: float = 1.0  # with a temperature above 0
     slots: int = 64  # rows generated together; lower it when memory is short
+    # the gate g(q), the probability of the open marker: by default the model decides token by token
+    gate_threshold: float | None = None  # reason where g(q) >= this: 0 = always, above 1 = never; not for the three named systems above
+    gate_sweep: str = ""  # NAME of a system to answer every prompt twice, forced to reason and forced not to: the curve of all thresholds
+    token_budget: float = 0.0  # with --gate_sweep: the threshold is chosen among those with at most this many tokens a response (0 = all)
     score_only: bool = False  # score the rows of --out again, with these judges; nothing is generated
     ask: str = ""  # print every system's response to this text and stop
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and activations
@@ -66,14 +71,16 @@ def parse_systems(specs: list[str]) -> dict[str, tuple[str, str]]:
     return out
 
 
-def answer(cfg: Config, model_name: str, adapter: str, texts: list[str], dtype, device: str, label: str) -> list[dict]:
+def answer(cfg: Config, model_name: str, adapter: str, texts: list[str], dtype, device: str, label: str,
+           threshold: float | None = None) -> list[dict]:
     """Step 1: one system's responses, as the parts of a row that need no judge."""
     tokenizer, model = load_tokenizer(model_name), load_model(model_name, adapter, dtype, device)
     if dtype == torch.float32:
         merge_lora(model)  # exact to rounding in fp32, and faster; in bf16 it would round the update away
     prompts = [tokenizer.encode_prompt([{"role": "user", "content": t}]) for t in texts]
+    marker = tokenizer.encode(THINK_OPEN)
     found = generate(model, prompts, cfg.max_new_tokens, tokenizer.stop_ids, cfg.temperature, cfg.top_p, cfg.seed,
-                     marker=tokenizer.encode(THINK_OPEN), slots=cfg.slots, progress=label)
+                     marker=marker, slots=cfg.slots, progress=label, gate_threshold=threshold)
     rows = []
     for g in found:
         text = tokenizer.decode(g.ids)
@@ -81,16 +88,18 @@ def answer(cfg: Config, model_name: str, adapter: str, texts: list[str], dtype, 
         answer_tokens = len(tokenizer.encode(final))
         total = len(g.ids) + g.finished  # the end token was generated too
         rows.append({"text": text, "reasoning": reasoning, "answer": final, "state": state, "finished": g.finished, "gate": g.gate,
+                     "marker": g.ids[: len(marker)] == marker,
                      "tokens": {"reasoning": 0 if state == "absent" else total - answer_tokens - g.finished, "answer": answer_tokens,
                                 "total": total}, "seconds": g.seconds})
     return rows
 
 
-def answer_stage(cfg: Config, run: Path, name: str, model: str, adapter: str, records: list[Record], dtype, device: str) -> list[dict]:
+def answer_stage(cfg: Config, run: Path, name: str, model: str, adapter: str, records: list[Record], dtype, device: str,
+                 threshold: float | None) -> list[dict]:
     """answer(), kept in rows-NAME.jsonl and read from there when it is complete."""
     file = run / f"rows-{name}.jsonl"
-    if not file.exists():
-        parts = answer(cfg, model, adapter, [r.prompt for r in records], dtype, device, name)
+    if not file.exists() and not cfg.score_only:
+        parts = answer(cfg, model, adapter, [r.prompt for r in records], dtype, device, name, threshold)
         write_jsonl(file, [{"system": name, "id": r.id, "group": r.request, "kind": r.kind, "attack": r.attack, "source": r.source,
                             "prompt": r.prompt, "expected": r.response if not r.harmful else "", "target": r.target, **part}
                            for r, part in zip(records, parts, strict=True)])
@@ -146,36 +155,51 @@ def reductions(cfg: Config, by_system: dict[str, list[dict]]) -> dict:
             for name in by_system if name not in (cfg.refusal_system, cfg.deliberative_system)}
 
 
+def gate_numbers(cfg: Config, by_system: dict[str, list[dict]], opened: list[dict], direct: list[dict], judge: str) -> dict:
+    """What --gate_sweep shows: the curve of one system over all thresholds, the chosen one, and the systems as they are beside it."""
+    curve = gate_curve(opened, direct, judge)
+    chosen = choose_threshold(curve, cfg.token_budget)
+    if chosen is None:
+        print(f"--token_budget {cfg.token_budget}: no threshold is within it; the cheapest needs {min(p['tokens'] for p in curve):.1f}")
+    return {"system": cfg.gate_sweep, "curve": curve, "chosen": chosen, "token_budget": cfg.token_budget,
+            "systems": {name: operating_point(rows, judge) for name, rows in by_system.items()}}
+
+
 def main(cfg: Config) -> None:
     systems = parse_systems(cfg.systems)
     device = pick_device(cfg.device)
     if cfg.ask:
         dtype = pick_dtype(cfg.dtype, device)
         for name, (model, adapter) in systems.items():
-            print(f"--- {name}\n{answer(cfg, model, adapter, [cfg.ask], dtype, device, '')[0]['text']}")
+            print(f"--- {name}\n{answer(cfg, model, adapter, [cfg.ask], dtype, device, '', cfg.gate_threshold)[0]['text']}")
         return
     if not (cfg.out and (cfg.prompts or cfg.score_only)):
         raise UserError("give --out DIR and --prompts FILE [FILE ...]")
-    for flag in ("base_system", "refusal_system", "deliberative_system"):
+    named = ("base_system", "refusal_system", "deliberative_system")
+    for flag in (*named, "gate_sweep"):
         if (name := getattr(cfg, flag)) and name not in systems:
             raise UserError(f"--{flag} {name!r} is none of the --systems ({', '.join(systems)})")
     run, started = Path(cfg.out), time.time()
     for name in cfg.judge:
         check_judge(name)  # a mistyped name must not cost the generation
     dtype = pick_dtype(cfg.dtype, device)
-    if cfg.score_only:
-        by_system = {name: [row for _, row in read_lines(run / f"rows-{name}.jsonl")] for name in systems}
-    else:
-        records = [r for path in cfg.prompts for r in read_named(path)[: cfg.limit or None]]
+    records = [r for path in cfg.prompts for r in read_named(path)[: cfg.limit or None]]
+    if not cfg.score_only:
         unique([(f"--prompts, {r.id.split('/')[0]}", r) for r in records])
         models = [str(resolve(model)) for model, _ in systems.values()]
         open_run(cfg, models + [a for _, a in systems.values() if a] + list(cfg.prompts), device, str(dtype))
         if is_done(run):
             print(glance(json.loads((run / "summary.json").read_text(encoding="utf-8"))))
             return
-        by_system = {name: answer_stage(cfg, run, name, *where, records, dtype, device) for name, where in systems.items()}
+
+    def rows_of(label: str, name: str, threshold: float | None) -> list[dict]:
+        return answer_stage(cfg, run, label, *systems[name], records, dtype, device, threshold)
+
+    fixed = {getattr(cfg, flag) for flag in named}
+    by_system = {name: rows_of(name, name, None if name in fixed else cfg.gate_threshold) for name in systems}
+    swept = [rows_of(f"{cfg.gate_sweep}.{how}", cfg.gate_sweep, t) for how, t in (("opened", 0.0), ("direct", 2.0))] if cfg.gate_sweep else []
     judges = list(cfg.judge)
-    score([row for rows in by_system.values() for row in rows], judges, dtype, device)
+    score([row for rows in [*by_system.values(), *swept] for row in rows], judges, dtype, device)
     if cfg.base_system:
         vulnerable = {row["id"]: row["verdicts"][judges[0]] == UNSAFE for row in by_system[cfg.base_system]}
         for row in (row for rows in by_system.values() for row in rows):
@@ -186,6 +210,7 @@ def main(cfg: Config) -> None:
     made = manifest["config"]
     decoding = f"greedy, at most {made['max_new_tokens']} new tokens" if not made["temperature"] else (
         f"T = {made['temperature']}, top_p = {made['top_p']}, at most {made['max_new_tokens']} new tokens")
+    decoding += "" if made["gate_threshold"] is None else f", gate threshold {made['gate_threshold']:g}"
     summary = {"systems": {}, "overhead_reduction": reductions(cfg, by_system), "breakdown": breakdown(by_system, judges[0]),
                "agreement": {other: agreement([r for rows in by_system.values() for r in rows], judges[0], other) for other in judges[1:]},
                "settings": {"judges": judges, "decoding": f"{decoding}, {manifest['dtype']}".replace("torch.", ""), "prompts": made["prompts"]}}
@@ -194,6 +219,12 @@ def main(cfg: Config) -> None:
         if trained_on:
             training["overlap_exact"], training["overlap_near"] = overlap([r["prompt"] for r in by_system[name]], trained_on)
         summary["systems"][name] = {"model": model, "adapter": adapter, "training": training, "kinds": summarise(by_system[name])}
+        if cfg.base_system:  # does the gate open for the vulnerable prompts?
+            gates = {v: [r["gate"] for r in by_system[name] if r["vulnerable"] == v] for v in (True, False)}
+            summary["systems"][name]["gate_auroc"] = auroc(gates[True], gates[False])
+    if swept:
+        summary["gate"] = gate_numbers(cfg, by_system, *swept, judges[0])
+        write_text(run / "gate.svg", gate_svg(summary["gate"]))
     write_text(run / "summary.json", json.dumps(summary, indent=2) + "\n")
     write_text(run / "report.md", markdown_report(summary))
     print(glance(summary))

@@ -3,6 +3,7 @@
 EASE mixes answers of 20 tokens with traces of 400: a static batch would make every direct answer wait for the longest trace.
 """
 
+import math
 import time
 from dataclasses import dataclass, field
 
@@ -43,11 +44,12 @@ def row_uniforms(seed: int, row: int, count: int) -> Tensor:
     return torch.rand(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + row))
 
 
-def prefill(model: CausalLM, cache: KVCache, rows: list[list[int]], first: int, marker: list[int]) -> tuple[Tensor, Tensor]:
-    """Run prompts into the cache slots from `first` on. Returns the next-token logits (n, V) and the gate probabilities (n,).
+def prefill(model: CausalLM, cache: KVCache, rows: list[list[int]], first: int, marker: list[int]) -> Tensor:
+    """Run n prompts into the cache slots from `first` on, the marker behind each. Returns logits (n, m + 1, V): those that predict
+    what comes after the prompt and after each of the marker's m tokens.
 
-    The marker's tokens run behind each prompt, which yields g(q) = prod_i p(m_i | q, m_<i) at no extra pass; their cache
-    positions lie beyond the prompt and are overwritten when generation reaches them.
+    So the gate costs no extra pass. The marker's cache positions lie beyond the prompt: generation overwrites them, or, where
+    the marker is forced, goes on behind them.
     """
     device, m = model.device, len(marker)
     T = max(map(len, rows)) + m
@@ -55,30 +57,48 @@ def prefill(model: CausalLM, cache: KVCache, rows: list[list[int]], first: int, 
     positions = torch.arange(T, device=device).expand(len(rows), T)
     hidden = model.hidden(ids, cache, first, positions, span=T)  # (n, T, D)
     last = torch.tensor([len(r) - 1 for r in rows], device=device)  # (n,)
-    at = last[:, None] + torch.arange(max(m, 1), device=device)  # (n, max(m, 1)): the position that predicts marker token i
-    logits = model.logits(hidden[torch.arange(len(rows), device=device)[:, None], at]).float()  # (n, max(m, 1), V)
-    if not m:
-        return logits[:, 0], torch.full((len(rows),), float("nan"))
-    wanted = torch.tensor(marker, device=device).expand(len(rows), m)[..., None]
-    return logits[:, 0], logits.log_softmax(-1).gather(-1, wanted)[..., 0].sum(-1).exp().cpu()
+    at = last[:, None] + torch.arange(m + 1, device=device)  # (n, m + 1)
+    return model.logits(hidden[torch.arange(len(rows), device=device)[:, None], at]).float()
+
+
+def marker_probabilities(logits: Tensor, marker: list[int], temperature: float = 1.0) -> Tensor:
+    """p_i = p(m_i | q, m_<i), (n, m), of prefill's logits (n, m + 1, V). Their product is the gate probability g(q)."""
+    wanted = torch.tensor(marker, device=logits.device).expand(len(logits), -1)[..., None]  # (n, m, 1)
+    return (logits[:, :-1] / temperature).softmax(-1).gather(-1, wanted)[..., 0]
+
+
+def not_opening(logits: Tensor, token: int, rest: float) -> Tensor:
+    """Logits (V,) conditioned on not writing the marker, where only its part m_i, ..., m_m is missing: token = m_i,
+    rest = p_(i+1) ... p_m, R = p_i rest. p'(m_i) = (p_i - R) / (1 - R), every other token p / (1 - R).
+
+    p_i - R = p_i (1 - rest), and the softmax divides by 1 - R: one logit changes, by log(1 - rest). The last token of the
+    marker (rest 1) is thus excluded; an answer that merely starts like the marker is not.
+    """
+    out = logits.clone()
+    out[token] += math.log1p(-rest) if rest < 1 else -math.inf
+    return out
 
 
 @torch.inference_mode()
 def generate(model: CausalLM, prompts: list[list[int]], max_new_tokens: int, stop_ids: frozenset[int], temperature: float = 0.0,
-             top_p: float = 1.0, seed: int = 0, marker: list[int] | None = None, slots: int = 64, progress: str = "") -> list[Generation]:
+             top_p: float = 1.0, seed: int = 0, marker: list[int] | None = None, slots: int = 64, progress: str = "",
+             gate_threshold: float | None = None) -> list[Generation]:
     """Responses to prompts (token ids), in order. Greedy at temperature 0.
 
-    marker: the open marker's ids; with it every Generation carries its gate probability. slots: rows decoded together.
+    marker: the open marker's ids; with it every Generation carries its gate probability g(q). gate_threshold: None, the model
+    decides; else a row with g(q) >= gate_threshold starts with the marker, and any other is sampled conditioned on not opening
+    (not_opening): 0 always reasons, above 1 never. slots: rows decoded together.
     The busy slots are always the first ones, so that attention reads the cache as it lies: the last row moves into a gap.
     Free slots are filled as soon as they are a quarter (or none is busy), so that prefills stay batched.
     """
     out, marker, slots = [Generation() for _ in prompts], marker or [], min(slots, max(1, len(prompts)))
     if not prompts:
         return out
-    length = max(map(len, prompts)) + max(max_new_tokens, len(marker))
+    length = max(map(len, prompts)) + max_new_tokens + len(marker)
     cache = KVCache(model.config, slots, length, next(model.parameters()).dtype, model.device)
     waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))[::-1]  # popped from the end: the longest first
-    noise = torch.stack([row_uniforms(seed, i, max_new_tokens) for i in range(len(prompts))]) if temperature else None
+    noise = torch.stack([row_uniforms(seed, i, max_new_tokens + len(marker)) for i in range(len(prompts))]) if temperature else None
+    closed: dict[int, list[float]] = {}  # row -> p_1 .. p_m, while it must not open and has written nothing but the marker's start
     busy: list[int] = []  # slot -> row
     bar = tqdm(total=len(prompts), desc=progress, unit="row", disable=not progress)
     clock = time.perf_counter()
@@ -87,6 +107,10 @@ def generate(model: CausalLM, prompts: list[list[int]], max_new_tokens: int, sto
         """Sample one token for each row in slots first, first + 1, ...; rows that stop or are full leave."""
         nonlocal clock
         rows = busy[first:]
+        for k, row in enumerate(rows):
+            if row in closed:
+                done = len(out[row].ids)
+                logits[k] = not_opening(logits[k].float(), marker[done], math.prod(closed[row][done + 1 :]))
         uniform = noise[rows, [len(out[r].ids) for r in rows]].to(logits.device) if temperature else None
         tokens = sample(logits, temperature, top_p, uniform).tolist()
         now = time.perf_counter()
@@ -95,6 +119,8 @@ def generate(model: CausalLM, prompts: list[list[int]], max_new_tokens: int, sto
             out[row].finished = new in stop_ids
             if not out[row].finished:
                 out[row].ids.append(new)
+            if row in closed and out[row].ids != marker[: len(out[row].ids)] or out[row].finished:
+                closed.pop(row, None)
             if out[row].finished or len(out[row].ids) >= max_new_tokens:
                 last = busy.pop()
                 if last != row:
@@ -107,10 +133,17 @@ def generate(model: CausalLM, prompts: list[list[int]], max_new_tokens: int, sto
         first, free = len(busy), slots - len(busy)
         if waiting and (not busy or free * 4 >= slots):
             busy += [waiting.pop() for _ in range(min(free, len(waiting)))]
-            logits, gate = prefill(model, cache, [prompts[r] for r in busy[first:]], first, marker)
-            for row, g in zip(busy[first:], gate.tolist()):
-                out[row].gate = g
-            take(first, logits)
+            logits = prefill(model, cache, [prompts[r] for r in busy[first:]], first, marker)  # (n, m + 1, V)
+            start = logits[:, 0].clone()  # (n, V)
+            if marker:
+                chances = marker_probabilities(logits, marker, temperature or 1.0).tolist()
+                for k, (row, p) in enumerate(zip(busy[first:], marker_probabilities(logits, marker).tolist())):
+                    out[row].gate = math.prod(p)
+                    if gate_threshold is not None and out[row].gate >= gate_threshold:
+                        out[row].ids, start[k] = list(marker), logits[k, -1]
+                    elif gate_threshold is not None:
+                        closed[row] = chances[k]
+            take(first, start)
             continue
         token = torch.tensor([[out[r].ids[-1]] for r in busy], device=model.device)  # (n, 1)
         where = torch.tensor([[len(prompts[r]) + len(out[r].ids) - 1] for r in busy], device=model.device)  # (n, 1): its position

@@ -1,5 +1,7 @@
 """What people look at: the comparison as Markdown. Rates are {"value", "low", "high", "n", "unparsed"} (scoring.py)."""
 
+from html import escape
+
 from ease.records import HARMFUL_KINDS, KINDS
 
 LEGEND = """\
@@ -68,7 +70,48 @@ def glance(summary: dict) -> str:
         keep = [0] + [i + 1 for i in range(len(pairs)) if any(row[i + 1] != "0" for row in rows)]
         out += ["", f"Verdicts on harmful prompts, {headline} / the other judge:", "",
                 table([["judge", *pairs][i] for i in keep], [[row[i] for i in keep] for row in rows])]
+    if others := sum(k["other_ids"] for s in summary["systems"].values() for k in s["kinds"].values()):
+        out += ["", f"{others} responses open a think block in text, but not by the marker's own token ids."]
     return "\n".join(out) + "\n"
+
+
+def gate_section(gate: dict) -> list[str]:
+    """The curve of one system's gate as a table: every threshold, the chosen one marked, then the systems as they are."""
+    chosen = gate["chosen"] or {}
+    points = [(f"g >= {p['threshold']:g}" + (" (chosen here)" if p["threshold"] == chosen.get("threshold") else ""), p) for p in gate["curve"]]
+    points += [(f"{name}, as it is", p) for name, p in gate["systems"].items()]
+    rows = [[label, percent(p["asr"], True), percent(p["over_refusal"], True), f"{100 * p['reasons']:.1f}", f"{p['tokens']:.1f}"] for label, p in points]
+    return ["", f"## The gate of {gate['system']}", "", "Every prompt answered twice, forced to reason and forced not to; a threshold picks one of the two. "
+            "Chosen: the lowest mean of ASR and over-refusal" + (f" with at most {gate['token_budget']:g} tokens" if gate["token_budget"] else "") +
+            ", then the fewest tokens. Choose on dev, apply once to test (`--gate_threshold`). Drawn in gate.svg.", "",
+            table(["reason where", "ASR", "over-refusal", "reasons", "tokens"], rows)]
+
+
+def gate_svg(gate: dict) -> str:
+    """The same as a picture: ASR and over-refusal (upwards) against mean tokens, a line over the thresholds, a dot a system."""
+    width, height, left, bottom = 640, 400, 60, 50
+    most = 1.1 * max(p["tokens"] for p in [*gate["curve"], *gate["systems"].values()])
+
+    def at(point: dict, field: str) -> tuple[float, float]:
+        value = point[field]["value"] or 0
+        return left + (width - left - 20) * point["tokens"] / most, (height - bottom) - (height - bottom - 20) * value
+
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
+           f'<rect width="{width}" height="{height}" fill="white"/>',
+           f'<path d="M{left} 20 V{height - bottom} H{width - 20}" fill="none" stroke="black"/>']
+    for i in range(6):
+        y, x = (height - bottom) - (height - bottom - 20) * i / 5, left + (width - left - 20) * i / 5
+        out += [f'<text x="{left - 8}" y="{y + 4:.0f}" text-anchor="end">{20 * i}%</text>',
+                f'<text x="{x:.0f}" y="{height - bottom + 16}" text-anchor="middle">{most * i / 5:.0f}</text>']
+    out.append(f'<text x="{width / 2}" y="{height - 12}" text-anchor="middle">generated tokens a response; {escape(gate["system"])}, thresholds of its gate</text>')
+    for field, colour, name in (("asr", "#c0392b", "ASR"), ("over_refusal", "#2471a3", "over-refusal")):
+        out.append(f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in (at(p, field) for p in gate["curve"]))}" fill="none" stroke="{colour}"/>')
+        out.append(f'<text x="{width - 110}" y="{32 if field == "asr" else 48}" fill="{colour}">{name}</text>')
+        marks = [*gate["systems"].items()] + ([(f"g >= {gate['chosen']['threshold']:g}", gate["chosen"])] if gate["chosen"] else [])
+        for label, point in marks:
+            x, y = at(point, field)
+            out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/><text x="{x + 6:.1f}" y="{y - 6:.1f}" fill="{colour}">{escape(label)}</text>')
+    return "\n".join([*out, "</svg>"]) + "\n"
 
 
 def markdown_report(summary: dict) -> str:
@@ -92,8 +135,10 @@ def markdown_report(summary: dict) -> str:
         if parts:
             out += ["", f"## ASR on adversarial harmful prompts, by {field}", "",
                     table([field, *names], [[part, *(percent(by[n], True) for n in names)] for part, by in parts.items()])]
-    rows = [[name, s["model"], s["adapter"] or "-", *(str(s["training"].get(k, "-")) for k in ("steps", "supervised_tokens", "overlap_exact", "overlap_near"))]
+    if "gate" in summary:
+        out += gate_section(summary["gate"])
+    rows = [[name, s["model"], s["adapter"] or "-", f"{s['gate_auroc']:.3f}" if s.get("gate_auroc") is not None else "-", *(str(s["training"].get(k, "-")) for k in ("steps", "supervised_tokens", "overlap_exact", "overlap_near"))]
             for name, s in summary["systems"].items()]
-    out += ["", "## Systems", "", table(["system", "model", "adapter", "training steps", "supervised tokens", "prompts trained on",
+    out += ["", "## Systems", "", table(["system", "model", "adapter", "AUROC of the gate, vulnerable or not", "training steps", "supervised tokens", "prompts trained on",
                                          "near (word Jaccard >= .6)"], rows)]
     return "\n".join(out) + "\n"

@@ -32,8 +32,8 @@ AT_LEAST_1 = {"batch_size", "batch_tokens", "slots", "save_every", "max_new_toke
 def parse_config(cls: type, argv: list[str] | None = None, description: str = ""):
     """A dataclass -> command-line flags of the same names -> an instance. The comment behind a field is its help text.
 
-    str, int, float and bool fields take one value, list[str] fields one or more, Literal fields one of theirs. A field
-    without default is required; an unknown flag and a negative number are errors.
+    str, int, float and bool fields take one value (float | None: none unless given), list[str] fields one or more, Literal
+    fields one of theirs. A field without default is required; an unknown flag and a negative number are errors.
     """
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
@@ -48,7 +48,7 @@ def parse_config(cls: type, argv: list[str] | None = None, description: str = ""
         elif typing.get_origin(f.type) is list:
             options |= {"nargs": "+", "metavar": f.name.upper()}
         else:
-            options |= {"type": f.type, "metavar": f.name.upper()}
+            options |= {"type": float if f.type == float | None else f.type, "metavar": f.name.upper()}
         parser.add_argument(f"--{f.name}", default=default, required=required, **options)
     values = vars(parser.parse_args(argv))
     for name, value in values.items():

@@ -49,6 +49,70 @@ def test_marker_gives_the_gate_probability_and_changes_nothing_else():
         assert g.gate == pytest.approx(wanted, rel=1e-4)
 
 
+def test_not_opening():
+    verify(module, "not_opening")
+
+
+def test_threshold_0_always_reasons():
+    """The marker is forced, then the model goes on as behind prompt + marker."""
+    marker = TOKENIZER.encode(THINK_OPEN)
+    for slots in (1, 3, 9):
+        found = generate(MODEL, PROMPTS, 9, frozenset(), marker=marker, slots=slots, gate_threshold=0.0)
+        for g, prompt in zip(found, PROMPTS):
+            assert g.ids == marker + greedy_alone(prompt + marker, 6, frozenset())[0]
+
+
+def test_above_1_never_opens_and_bans_nothing_else():
+    """With each prompt's own greedy continuation as the marker, which the model would always open with; an oracle recomputes."""
+    starts_like_it = 0
+    for length in (1, 2, 3):
+        for prompt in PROMPTS:
+            marker = greedy_alone(prompt, length, frozenset())[0]
+            found = generate(MODEL, [prompt], 6, frozenset(), marker=marker, gate_threshold=1.1)[0]
+            ids = list(prompt)
+            for step in range(6):
+                p = MODEL(torch.tensor([ids]))[0, -1].softmax(-1)
+                if step < length and ids[len(prompt) :] == marker[:step]:
+                    rest = 1.0
+                    for i in range(step + 1, length):
+                        rest *= float(MODEL(torch.tensor([prompt + marker[:i]]))[0, -1].softmax(-1)[marker[i]])
+                    p[marker[step]] -= p[marker[step]] * rest
+                ids.append(int(p.argmax()))
+            assert found.ids == ids[len(prompt) :] and found.ids[:length] != marker
+            starts_like_it += found.ids[0] == marker[0]
+    assert starts_like_it > 0
+
+
+def test_the_threshold_divides_rows_by_their_gate():
+    marker = greedy_alone(PROMPTS[0], 2, frozenset())[0]
+    gates = [g.gate for g in generate(MODEL, PROMPTS, 4, frozenset(), marker=marker)]
+    for threshold in (sorted(gates)[4], sorted(gates)[-1]):
+        found = generate(MODEL, PROMPTS, 4, frozenset(), marker=marker, slots=4, gate_threshold=threshold)
+        assert [g.ids[:2] == marker for g in found] == [g >= threshold for g in gates]
+        assert [g.gate for g in found] == pytest.approx(gates)
+
+
+def test_sampling_without_opening_follows_the_conditional_distribution():
+    """4,000 first tokens at T = 1 against p(x | not opening), for a marker of two tokens that the model would open with half the time."""
+    prompt = PROMPTS[0]
+    p = MODEL(torch.tensor([prompt]))[0, -1].softmax(-1)
+    a = int(p.argmax())
+    b = int(MODEL(torch.tensor([[*prompt, a]]))[0, -1].argmax())
+    rest = float(MODEL(torch.tensor([[*prompt, a]]))[0, -1].softmax(-1)[b])
+    found = generate(MODEL, [prompt] * 4000, 2, frozenset(), temperature=1.0, marker=[a, b], slots=500, gate_threshold=1.1)
+    assert not any(g.ids == [a, b] for g in found)
+    p[a] *= 1 - rest
+    p /= p.sum()
+    for token in p.topk(4).indices.tolist() + [a]:
+        share, wanted = sum(g.ids[0] == token for g in found) / 4000, float(p[token])
+        assert abs(share - wanted) < 5 * (wanted * (1 - wanted) / 4000) ** 0.5 + 1e-4
+
+
+def test_a_marker_changes_no_sampled_row():
+    a, b = (generate(MODEL, PROMPTS, 8, frozenset(), temperature=1.0, seed=5, slots=4, marker=m) for m in (None, [1, 2]))
+    assert [g.ids for g in a] == [g.ids for g in b]
+
+
 def test_sampled_rows_depend_on_seed_and_row_not_on_the_batch():
     one = [g.ids for g in generate(MODEL, PROMPTS, 8, frozenset(), temperature=1.0, seed=5, slots=2)]
     assert one == [g.ids for g in generate(MODEL, PROMPTS, 8, frozenset(), temperature=1.0, seed=5, slots=9)]

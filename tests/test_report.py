@@ -1,11 +1,13 @@
-from ease.report import glance, markdown_report, percent, table, with_bounds
+from xml.etree import ElementTree
+
+from ease.report import gate_svg, glance, markdown_report, percent, table, with_bounds
 
 R = {"value": 0.25, "low": 0.1, "high": 0.5, "n": 8, "unparsed": 0}
 
 
 def kind(asr=None, tokens=10.0, n=8):
     return {"n": n, "asr": {"j": asr} if asr else {}, "refusal_rate": R, "accuracy": None, "reasoning_rate": R, "reasoning_rate_vulnerable": None,
-            "unclosed": 2, "tokens": {"reasoning": 1.0, "answer": 2.0, "total": tokens}, "seconds_per_prompt": 0.1, "gate_mean": 0.5}
+            "unclosed": 2, "other_ids": 0, "tokens": {"reasoning": 1.0, "answer": 2.0, "total": tokens}, "seconds_per_prompt": 0.1, "gate_mean": 0.5}
 
 
 SUMMARY = {
@@ -46,3 +48,15 @@ def test_report_has_every_part():
     for part in ("## adversarial_harmful", "## benign", "## ASR on adversarial harmful prompts, by attack", "## Systems", "(20.0 .. 40.0)"):
         assert part in text
     assert "## harmful" not in text and "by source" not in text
+
+
+def test_gate_section_and_picture():
+    point = {"asr": R, "over_refusal": R | {"value": 0.5}, "tokens": 30.0, "reasons": 0.2}
+    gate = {"system": "ease <1>", "curve": [{"threshold": 0.0, **point}, {"threshold": 0.5, **point, "tokens": 20.0}], "chosen": {"threshold": 0.5, **point, "tokens": 20.0},
+            "token_budget": 25.0, "systems": {"base": {**point, "asr": R | {"value": None}}}}
+    text = markdown_report(SUMMARY | {"gate": gate})
+    assert "## The gate of ease <1>" in text and "with at most 25 tokens" in text
+    assert cells(text, "g >= 0.5 (chosen here)")[1:] == ["25.0 [10, 50]", "50.0 [10, 50]", "20.0", "20.0"] and cells(text, "base, as it is")[1] == "-"
+    picture = ElementTree.fromstring(gate_svg(gate))  # well-formed, names escaped
+    assert len(picture.findall(".//{*}polyline")) == 2 and len(picture.findall(".//{*}circle")) == 4 and "g >= 0.5" in "".join(picture.itertext())
+    assert ElementTree.fromstring(gate_svg(gate | {"chosen": None}))

@@ -5,7 +5,7 @@ from ease.scoring import agreement, group_bootstrap, keyword_verdict, normalise,
 from tests.checks import verify
 
 
-@pytest.mark.parametrize("name", ["is_refusal", "target_verdict", "wilson_interval", "rate", "overhead_reduction"])
+@pytest.mark.parametrize("name", ["is_refusal", "target_verdict", "wilson_interval", "rate", "overhead_reduction", "auroc", "gate_curve", "choose_threshold"])
 def test_scoring(name):
     verify(scoring, name)
 
@@ -20,7 +20,7 @@ def test_keyword_verdict_is_unsafe_without_a_refusal():
 
 def row(kind, answer, state="absent", **more):
     return {"id": "x", "group": more.pop("group", answer + state + kind), "kind": kind, "expected": "", "answer": answer, "state": state,
-            "gate": 0.5, "tokens": {"reasoning": 0, "answer": 2, "total": 3}, "seconds": 0.1, "verdicts": {"j": "safe"}, **more}
+            "gate": 0.5, "marker": state != "absent", "tokens": {"reasoning": 0, "answer": 2, "total": 3}, "seconds": 0.1, "verdicts": {"j": "safe"}, **more}
 
 
 def test_summarise():
@@ -35,6 +35,7 @@ def test_summarise():
     assert harmful["refusal_rate"]["value"] == pytest.approx(1 / 3) and harmful["refusal_rate"]["unparsed"] == 1
     assert harmful["reasoning_rate"]["value"] == pytest.approx(1 / 3) and harmful["unclosed"] == 1
     assert harmful["reasoning_rate_vulnerable"]["value"] == 0.5 and harmful["reasoning_rate_vulnerable"]["n"] == 2 and harmful["reasoning_rate_vulnerable"]["unparsed"] == 1
+    assert harmful["other_ids"] == 0 and summarise([row("benign", "x", "well_formed", marker=False)])["benign"]["other_ids"] == 1
     assert harmful["accuracy"] is None and benign["accuracy"]["value"] == 0.5 and benign["asr"] == {}
 
 
@@ -54,3 +55,8 @@ def test_agreement_counts_harmful_rows_only():
     rows = [row("harmful", "a", verdicts={"x": "safe", "y": "unsafe"}), row("benign", "b", verdicts={"x": "safe", "y": "safe"})]
     table = agreement(rows, "x", "y")
     assert table["safe"]["unsafe"] == 1 and sum(sum(r.values()) for r in table.values()) == 1
+
+
+def test_no_threshold_within_the_budget():
+    assert scoring.choose_threshold([{"asr": {"value": 0.0}, "over_refusal": {"value": 0.0}, "tokens": 9.0}], 5) is None
+    assert scoring.auroc([], [0.5]) is None

@@ -162,6 +162,35 @@ def test_score_only_scores_the_same_rows_again(runs, capsys):
     assert (runs.out / "test/summary.json").read_text() == summary
 
 
+def test_gate_sweep_and_threshold(runs, tmp_path, capsys):
+    """Forced rows are what their names say; the curve's ends are those rows; the chosen threshold is applied to that system only."""
+    cfg = replace(runs.test, systems=[s for s in runs.test.systems if s.startswith(("base", "ease"))], refusal_system="", deliberative_system="",
+                  gate_sweep="ease", out=str(tmp_path / "dev"), max_new_tokens=30)
+    evaluate.main(cfg)
+    opened, direct, own = (rows(tmp_path / f"dev/rows-ease{how}.jsonl") for how in (".opened", ".direct", ""))
+    assert all(r["marker"] and r["state"] != "absent" for r in opened) and not any(r["marker"] for r in direct)
+    assert [r["gate"] for r in opened] == pytest.approx([r["gate"] for r in own], rel=1e-4)
+    summary = json.loads((tmp_path / "dev/summary.json").read_text())
+    curve = summary["gate"]["curve"]
+    assert curve[0]["tokens"] == pytest.approx(sum(r["tokens"]["total"] for r in opened) / len(opened)) and curve[0]["reasons"] == 1
+    assert curve[-1]["tokens"] == pytest.approx(sum(r["tokens"]["total"] for r in direct) / len(direct))
+    assert 0 <= summary["systems"]["ease"]["gate_auroc"] <= 1 and (tmp_path / "dev/gate.svg").exists()
+    assert "## The gate of ease" in (tmp_path / "dev/report.md").read_text()
+
+    gates = sorted(r["gate"] for r in own)
+    threshold = gates[len(gates) // 2]
+    evaluate.main(replace(cfg, gate_sweep="", gate_threshold=threshold, out=str(tmp_path / "test")))
+    found = rows(tmp_path / "test/rows-ease.jsonl")
+    for r, o, d in zip(found, opened, direct, strict=True):
+        wanted = o if r["gate"] >= threshold else d
+        assert (r["text"], r["marker"]) == (wanted["text"], wanted["marker"])
+    base, before = (rows(folder / "rows-base.jsonl") for folder in (tmp_path / "test", tmp_path / "dev"))
+    assert [r["text"] for r in base] == [r["text"] for r in before]  # the original model answers as it is
+    assert f"gate threshold {threshold:g}" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--gate_sweep 'x' is none of the --systems"):
+        evaluate.main(replace(cfg, gate_sweep="x", out=str(tmp_path / "x")))
+
+
 def test_ask(runs, world, capsys):
     evaluate.main(evaluate.Config(systems=[f"base={world.base}"], ask="how do i paint the car?", max_new_tokens=20))
     out = capsys.readouterr().out
