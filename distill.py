@@ -49,6 +49,7 @@ class Config:
     held_out: int = 0  # keep this many traces out of training and report their NLL before and after
     # the teacher's sampling (official: T 0.7, top_p 1, 2048 new tokens)
     attempts: int = 3  # samples a prompt before it is given up
+    samples_per_prompt: int = 1  # accepted traces a prompt, different ones, each a row to train on; at most --attempts
     temperature: float = 0.7  # of the teacher
     top_p: float = 1.0  # of the teacher
     max_new_tokens: int = 2048  # of a trace with its answer
@@ -92,9 +93,10 @@ def get_traces(cfg: Config, run: Path, teacher: CausalLM | None, tokenizer: Toke
         records = read_named(cfg.prompts)
         accepted, rejected = rejection_sample(
             teacher, tokenizer, load_judge(cfg.judge, dtype, device), records, load_policies(cfg.policies), cfg.attempts,
-            cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.seed, cfg.slots)
+            cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.seed, cfg.slots,
+            cfg.samples_per_prompt)
         write_jsonl(run / "rejected.jsonl", rejected)
-        print(f"{len(accepted)} of {len(records)} prompts have an accepted trace; {len(rejected)} samples rejected: "
+        print(f"{len(accepted)} traces for {len({r.prompt for r in accepted})} of {len(records)} prompts; {len(rejected)} samples rejected: "
               f"{dict(Counter(r['reason'] for r in rejected))}")
         if not accepted:
             raise UserError(f"no trace of teacher {cfg.teacher} was accepted; the reasons are in {run / 'rejected.jsonl'}")
@@ -160,6 +162,8 @@ def check_flags(cfg: Config) -> None:
         raise UserError("give --traces FILE, or --teacher MODEL and --prompts FILE")
     if cfg.kl_weight and not cfg.teacher:
         raise UserError("--kl_weight above 0 needs a --teacher that shares the model's tokenizer; stored traces alone need --kl_weight 0")
+    if not 1 <= cfg.samples_per_prompt <= cfg.attempts:
+        raise UserError(f"--samples_per_prompt {cfg.samples_per_prompt} must be from 1 to --attempts {cfg.attempts}")
     for name in (cfg.model, cfg.teacher or cfg.model):
         resolve(name)
     check_judge(cfg.judge)

@@ -62,6 +62,7 @@ class Config:
     probe_tokens: int = 512  # longest answer of the probe (official: 512, T 0.7; ours is greedy, so that it is repeatable)
     # the teacher's sampling (official: T 0.7, top_p 1, 2048 new tokens)
     attempts: int = 3  # samples a prompt before it is given up
+    samples_per_prompt: int = 1  # accepted traces a prompt, different ones, each a row to train on; at most --attempts
     temperature: float = 0.7  # of the teacher
     top_p: float = 1.0  # of the teacher
     max_new_tokens: int = 2048  # of a trace with its answer
@@ -109,6 +110,8 @@ def read_inputs(cfg: Config) -> tuple[list[Record], list[Record], list[Record], 
         raise UserError(f"--method {cfg.method} trains on traces: give --teacher MODEL or --traces FILE, one of them")
     if cfg.method == "ease" and cfg.prompts:
         raise UserError("--prompts is for the baselines: with --method ease, phase 1 (distill.py) has seen them")
+    if not 1 <= cfg.samples_per_prompt <= cfg.attempts:
+        raise UserError(f"--samples_per_prompt {cfg.samples_per_prompt} must be from 1 to --attempts {cfg.attempts}")
     if cfg.probe == "phase1" and not cfg.init:
         raise UserError("--probe phase1 needs --init")
     for name in (cfg.model, cfg.teacher, base_and_adapter(cfg.model, cfg.init)[0]):
@@ -162,10 +165,11 @@ def traced_records(cfg: Config, run: Path, records: list[Record], dtype, device:
         else:
             found, rejected = rejection_sample(
                 load_model(cfg.teacher, dtype=dtype, device=device), load_tokenizer(cfg.teacher), load_judge(cfg.judge, dtype, device),
-                records, load_policies(cfg.policies), cfg.attempts, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.seed, cfg.slots)
+                records, load_policies(cfg.policies), cfg.attempts, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.seed, cfg.slots,
+                cfg.samples_per_prompt)
             write_jsonl(run / "rejected.jsonl", rejected)
             print(f"{len(rejected)} samples rejected: {dict(Counter(r['reason'] for r in rejected))}")
-        print(f"{len(found)} of {len(records)} prompts have a trace; the others are dropped")
+        print(f"{len(found)} traces for {len({r.prompt for r in found})} of {len(records)} prompts; the others are dropped")
         if not found:
             raise UserError("no prompt has a trace: " + ("--traces has none of these requests" if cfg.traces else
                                                          f"the teacher's samples were all rejected, see {run / 'rejected.jsonl'}"))

@@ -5,6 +5,7 @@ policy into the weights (context distillation). The wording is ours; the eight c
 """
 
 import json
+import re
 from pathlib import Path
 
 from ease.gate import UNCLOSED, WELL_FORMED, split_reasoning
@@ -100,13 +101,40 @@ def teacher_messages(prompt: str, categories: tuple[str, ...], instruction: str 
     return [{"role": "system", "content": f"{instruction}\n{rules}"}, {"role": "user", "content": prompt}]
 
 
-def accept_trace(record: Record, text: str, verdict: str, refused: bool, finished: bool) -> str | None:
+def cites(reasoning: str, categories: tuple[str, ...], policies: dict[str, str] = POLICIES) -> bool:
+    """Whether a reasoning names one of the categories ("Hate" of "Harassment / Hate / ..." will do) or quotes four words in a row
+    of its policy (all of a shorter one).
+    """
+    said = " ".join(re.findall(r"[\w'-]+", reasoning.lower()))
+    for name in categories:
+        rule = re.findall(r"[\w'-]+", policies[name].lower())
+        runs = [" ".join(rule[i : i + 4]) for i in range(max(1, len(rule) - 3))]
+        if any(part.strip().lower() in said for part in [*name.split("/"), *runs]):
+            return True
+    return False
+
+
+def is_loop(text: str) -> bool:
+    """Whether a text repeats itself: a run of words four times in a row, twelve words or more in all."""
+    words = text.split()
+    for period in range(1, 51):
+        same = 0  # words in a row that equal the word one period before
+        for i in range(period, len(words)):
+            same = same + 1 if words[i] == words[i - period] else 0
+            if same >= 3 * period and same + period >= 12:
+                return True
+    return False
+
+
+def accept_trace(record: Record, text: str, verdict: str, refused: bool, finished: bool, policies: dict[str, str] = POLICIES) -> str | None:
     """None if the teacher's text counts, else the reason why it is dropped (paper, phase 1: rejection sampling).
 
     verdict: the judge's word on the ANSWER (safe / unsafe / unparsed); refused: whether the answer is a refusal;
-    finished: the teacher stopped by itself. A harmful row must be answered safely, a benign row must not be refused.
+    finished: the teacher stopped by itself. A harmful row must be answered safely, a benign row must not be refused, and where
+    the policy restricts something the reasoning must cite it.
     """
     reasoning, answer, state = split_reasoning(text)
+    restricted = tuple(c for c in record.categories if c != BENIGN)
     if not finished:
         return "cut off"
     if state != WELL_FORMED:
@@ -115,6 +143,10 @@ def accept_trace(record: Record, text: str, verdict: str, refused: bool, finishe
         return "empty reasoning"
     if not answer:
         return "empty answer"
+    if is_loop(text):
+        return "repetition loop"
+    if restricted and not cites(reasoning, restricted, policies):
+        return "names no category and no rule"
     if record.harmful and verdict != "safe":
         return f"harmful request, answer judged {verdict}"
     if not record.harmful and refused:

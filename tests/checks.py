@@ -172,9 +172,25 @@ def check_accept_trace(fn):
     cases = {"cut off": (harmful, good, "safe", False, False), "unclosed": (harmful, "<think>\nx", "safe", False, True),
              "no think": (harmful, "answer", "safe", False, True), "empty reasoning": (harmful, "<think>\n</think>\n\na", "safe", False, True),
              "empty answer": (harmful, "<think>\na\n</think>\n\n", "safe", False, True), "unsafe": (harmful, good, "unsafe", False, True),
-             "unparsed": (harmful, good, "unparsed", False, True), "benign request refused": (benign, good, "safe", True, True)}
+             "unparsed": (harmful, good, "unparsed", False, True), "benign request refused": (benign, good, "safe", True, True),
+             "loop": (benign, good.replace("x", "the same thing " * 5), "safe", False, True)}
     for reason, arguments in cases.items():
         assert reason in str(fn(*arguments)), reason
+    # where a policy restricts something, the reasoning names the category or a rule of its policy
+    policies = {"Privacy / Personal Data": "Refuse to find personal addresses. Offer lawful ways.", "benign": "Say that all is well."}
+    restricted = replace(harmful, categories=("Privacy / Personal Data",))
+    for said, cited in (("this is about privacy", True), ("it wants PERSONAL data, no", True), ("I must refuse to find personal things", True),
+                        ("it asks for x", False), ("refuse to find things", False)):
+        reason = fn(restricted, good.replace("it asks for x", said), "safe", False, True, policies)
+        assert (reason is None) == cited and (cited or "names no category" in reason), said
+    assert fn(replace(benign, categories=("benign",)), good, "safe", False, True, policies) is None  # nothing is restricted
+
+
+def check_is_loop(fn):
+    for text in ("no " * 12, "I should refuse. " * 4, "first a long enough start and then " + "we go on and on. " * 4 + "and an end"):
+        assert fn(text)
+    for text in ("", "no no no", "I should refuse. " * 3, "ha " * 11, " ".join(map(str, range(200))), "s t e a l the c a r, then s t e a l the c a r, then s t e a l it"):
+        assert not fn(text)
 
 
 # ------------------------------------------------------------------------------------------------ scoring

@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -177,20 +178,55 @@ def accept_trace__no_rejection(record, text, verdict, refused, finished):
     return None
 
 
-def accept_trace__drops_refusals(record, text, verdict, refused, finished):
-    return "benign request refused" if refused else policies.accept_trace(record, text, verdict, refused, finished)
+def accept_trace__drops_refusals(record, text, verdict, refused, finished, *rules):
+    return "benign request refused" if refused else policies.accept_trace(record, text, verdict, refused, finished, *rules)
 
 
-def accept_trace__judges_benign_rows(record, text, verdict, refused, finished):
-    return "unsafe" if verdict == "unsafe" else policies.accept_trace(record, text, verdict, refused, finished)
+def accept_trace__judges_benign_rows(record, text, verdict, refused, finished, *rules):
+    return "unsafe" if verdict == "unsafe" else policies.accept_trace(record, text, verdict, refused, finished, *rules)
 
 
-def accept_trace__unparsed_is_safe(record, text, verdict, refused, finished):
-    return policies.accept_trace(record, text, "safe" if verdict == "unparsed" else verdict, refused, finished)
+def accept_trace__unparsed_is_safe(record, text, verdict, refused, finished, *rules):
+    return policies.accept_trace(record, text, "safe" if verdict == "unparsed" else verdict, refused, finished, *rules)
 
 
-def accept_trace__cut_off_counts(record, text, verdict, refused, finished):
-    return policies.accept_trace(record, text, verdict, refused, True)
+def accept_trace__cut_off_counts(record, text, verdict, refused, finished, *rules):
+    return policies.accept_trace(record, text, verdict, refused, True, *rules)
+
+
+def accept_trace__keeps_refused_benign_rows(record, text, verdict, refused, finished, *rules):
+    return policies.accept_trace(record, text, verdict, False, finished, *rules)
+
+
+def accept_trace__any_reasoning(record, text, verdict, refused, finished, *rules):
+    return policies.accept_trace(replace(record, categories=()), text, verdict, refused, finished, *rules)
+
+
+def accept_trace__benign_must_cite(record, text, verdict, refused, finished, rules=policies.POLICIES):
+    if record.categories and not policies.cites(text, record.categories, rules):
+        return "names no category and no rule"
+    return policies.accept_trace(record, text, verdict, refused, finished, rules)
+
+
+def accept_trace__whole_names_only(record, text, verdict, refused, finished, *rules):
+    if any(c != "benign" and c.lower() not in text.lower() for c in record.categories):
+        return "names no category and no rule"
+    return policies.accept_trace(record, text, verdict, refused, finished, *rules)
+
+
+def is_loop__single_words(text):
+    words = text.split()
+    return any(len(set(words[i : i + 12])) == 1 for i in range(len(words) - 11))
+
+
+def is_loop__three_times(text):
+    words = text.split()
+    return any(words[i : i + p] * 3 == words[i : i + 3 * p] for p in range(1, 50) for i in range(len(words) - 3 * p + 1))
+
+
+def is_loop__at_the_end_only(text):
+    words = text.split()
+    return any(4 * p >= 12 and len(words) >= 4 * p and words[-p:] * 4 == words[-4 * p :] for p in range(1, 50)) or len(set(words[-12:])) == 1 and len(words) >= 12
 
 
 # scoring

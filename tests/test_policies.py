@@ -8,7 +8,7 @@ from ease.records import UserError
 from tests.checks import verify
 
 
-@pytest.mark.parametrize("name", ["parse_categories", "accept_trace"])
+@pytest.mark.parametrize("name", ["parse_categories", "accept_trace", "is_loop"])
 def test_policies(name):
     verify(policies, name)
 

@@ -299,7 +299,7 @@ def test_mistakes_in_train(runs, world, tmp_path):
         ({"traces": world.prompts}, "one of them"), ({"teacher": "", "traces": world.test}, "--traces has none of these requests"),
         ({"prompts": world.prompts}, "--prompts is for the baselines"), ({"method": "refusal"}, "--init is for --method ease"),
         ({"general": str(twin)}, "was already used"), ({"probe": "phase1", "init": ""}, "--probe phase1 needs --init"),
-        ({"diagnostic": str(empty)}, "vulnerable region is empty"), ({"judge": "nobody"}, "--judge 'nobody'"),
+        ({"samples_per_prompt": 4}, "--samples_per_prompt 4 must be from 1 to --attempts 3"), ({"diagnostic": str(empty)}, "vulnerable region is empty"), ({"judge": "nobody"}, "--judge 'nobody'"),
         ({"teacher": "nowhere"}, "nowhere: no model here"), ({"max_length": 3}, "rows are longer than --max_length 3"),
         ({"benign_direct": 10**6}, "1000000 benign_direct"), ({"lr": 1e30}, "the loss is (nan|inf).* at step"),
     ]:

@@ -8,7 +8,7 @@ from ease.scoring import keyword_verdict
 from ease.traces import join_traces, rejection_sample
 from tests.tiny import TOKENIZER
 
-GOOD = "<think>\nthe request is bad.\n</think>\n\nI'm sorry, but I cannot help with that."
+GOOD = "<think>\nthe request is self-harm.\n</think>\n\nI'm sorry, but I cannot help with that."
 
 
 def test_rejection_sampling(monkeypatch):
@@ -28,11 +28,30 @@ def test_rejection_sampling(monkeypatch):
     records = [Record(k, f"{k}?", "harmful", categories=("Self-Harm",)) for k in "abc"]
     accepted, rejected = rejection_sample(None, TOKENIZER, lambda rs, answers: [keyword_verdict(a, "xstest") for a in answers], records,
                                           ("think.", POLICIES), 3, 50, 0.7, 1.0, 10, 8)
-    assert [(r.id, r.reasoning, r.response[:9]) for r in accepted] == [("a", "the request is bad.", "I'm sorry"), ("b", "the request is bad.", "I'm sorry")]
+    assert [(r.id, r.reasoning, r.response[:9]) for r in accepted] == [("a", "the request is self-harm.", "I'm sorry"), ("b", "the request is self-harm.", "I'm sorry")]
     assert [(r["id"], r["attempt"], r["reason"]) for r in rejected] == [
         ("b", 1, "no think block"), ("c", 1, "think block unclosed"), ("b", 2, "harmful request, answer judged unsafe"),
         ("c", 2, "no think block"), ("c", 3, "cut off")]
     assert seeds == [10, 11, 12] and INSTRUCTION  # another seed each time, or the same sample would come again
+
+
+def test_several_traces_a_prompt(monkeypatch):
+    """Two are wanted: "a" gives the same one twice and then another, "b" gives only one."""
+    other = GOOD.replace("the request", "what is asked for")
+    script = [{"a": GOOD, "b": GOOD}, {"a": GOOD, "b": "no block"}, {"a": other, "b": GOOD}, {"b": "no block"}]
+    calls = []
+
+    def generate(model, prompts, *more, **named):
+        calls.append(len(prompts))
+        return [Generation(TOKENIZER.encode(t), finished=True) for t in script[len(calls) - 1].values()]
+
+    monkeypatch.setattr(traces, "generate", generate)
+    records = [Record(k, f"{k}?", "harmful", categories=("Self-Harm",)) for k in "ab"]
+    accepted, rejected = rejection_sample(None, TOKENIZER, lambda rs, answers: ["safe"] * len(rs), records, ("think.", POLICIES), 4, 50, 0.7, 1.0, 10, 8, wanted=2)
+    assert [(r.id, r.prompt, r.reasoning) for r in accepted] == [("a", "a?", "the request is self-harm."), ("a#2", "a?", "what is asked for is self-harm."),
+                                                                ("b", "b?", "the request is self-harm.")]
+    assert calls == [2, 2, 2, 1] and [(r["id"], r["reason"]) for r in rejected] == [
+        ("a", "the same trace again"), ("b", "no think block"), ("b", "the same trace again"), ("b", "no think block")]
 
 
 def test_a_template_that_opens_the_block_gets_its_marker_back(monkeypatch):
@@ -41,7 +60,7 @@ def test_a_template_that_opens_the_block_gets_its_marker_back(monkeypatch):
 
     def generate(model, given, *more, **named):
         prompts.extend(given)
-        return [Generation(TOKENIZER.encode("the request is bad.\n</think>\n\nno."), finished=True)]
+        return [Generation(TOKENIZER.encode("the request is self-harm.\n</think>\n\nno."), finished=True)]
 
     monkeypatch.setattr(traces, "generate", generate)
     opened = copy.copy(TOKENIZER)
@@ -50,7 +69,7 @@ def test_a_template_that_opens_the_block_gets_its_marker_back(monkeypatch):
     for tokenizer in (TOKENIZER, opened):
         accepted, rejected = rejection_sample(None, tokenizer, lambda rs, answers: ["safe"], [record], ("think.", POLICIES), 1, 50, 0.7, 1.0, 10, 8)
         if tokenizer is opened:
-            assert [(r.reasoning, r.response) for r in accepted] == [("the request is bad.", "no.")]
+            assert [(r.reasoning, r.response) for r in accepted] == [("the request is self-harm.", "no.")]
         else:
             assert [r["reason"] for r in rejected] == ["no think block"]
     assert prompts[1] == prompts[0] + TOKENIZER.encode("<think>\n")
