@@ -8,14 +8,18 @@
 3. SFT of M_s on (q, CoT, answer), the policy left out -> M_reason  (the loop below; losses.cross_entropy_sum, kl_divergence_sum)
 """
 
+import os
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ease.batching import Example, batches, collate, encode_record, encode_records, preview
@@ -23,7 +27,7 @@ from ease.judge import check_judge, load_judge
 from ease.loading import (load_model, load_tokenizer, load_trainable, load_weights, pick_device, pick_dtype, resolve, save_model,
                           save_weights)
 from ease.lora import merge_lora
-from ease.losses import cross_entropy_sum, kl_divergence_sum, sum_over_chunks
+from ease.losses import cross_entropy_sum, kl_divergence_sum, sum_over_chunks, topk_kl_sum, topk_log_probabilities
 from ease.model import CausalLM
 from ease.policies import load_policies, teacher_messages
 from ease.readers import read_named
@@ -57,6 +61,7 @@ class Config:
     # the objective
     kl_weight: float = 0.5  # (1 - w) CE + w KL; ours, the official objective is 0; needs a teacher with M_s's vocabulary
     kl_temperature: float = 1.0  # tau of the teacher-trace KL
+    cache_topk: int = 0  # keep the teacher's k likeliest tokens and their tail instead of the teacher (0 = the teacher itself, in memory)
     # training (official: full fine-tuning, lr 1e-5, 2 epochs, batch 32, weight decay 0.01, clip 1, warm-up 3%, cosine)
     lora_rank: int = 16  # 0 = train all weights
     lora_alpha: float = 32.0  # update scale = alpha / rank
@@ -130,19 +135,62 @@ def shared_ids(own: Tokenizer, theirs: Tokenizer, model: CausalLM, teacher: Caus
     return torch.tensor(ids, device=device)
 
 
-def losses(cfg: Config, model: CausalLM, batch, teacher: CausalLM | None, teacher_batch,
-           shared: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(cross-entropy sum over all response tokens, KL sum over the trace's own tokens) of one micro-batch."""
+class Teacher(NamedTuple):
+    """The teacher's side of the KL: in memory, or as a cache."""
+
+    rows: Callable  # indices of examples -> tensors (N, ...): the teacher at the N tokens of their traces
+    kl: Callable  # (student hidden states (N, D), *rows) -> the KL sum
+
+
+def in_memory(cfg: Config, model: CausalLM, teacher: CausalLM, views: list[Example], shared: torch.Tensor | None, device: str) -> Teacher:
+    """The teacher runs beside the student; its head is applied chunk by chunk, with the student's."""
+
+    @torch.no_grad()
+    def rows(indices: list[int]) -> tuple[torch.Tensor]:
+        batch = collate([views[i] for i in indices], device)
+        return (teacher.hidden(batch.inputs)[batch.body > 0],)  # (N, D_t)
+
+    return Teacher(rows, lambda h, z: kl_divergence_sum(teacher.logits(z), model.logits(h), cfg.kl_temperature, shared))
+
+
+def cached(cfg: Config, run: Path, model: CausalLM, source: Teacher, teacher: CausalLM, n: int, shared: torch.Tensor | None, device: str) -> Teacher:
+    """What top-k says, kept in teacher_topk.safetensors: the teacher runs once over the n traces and can then leave the memory."""
+    file, k = run / "teacher_topk.safetensors", cfg.cache_topk
+    if not file.exists():
+        kept = []
+        with torch.no_grad():
+            for i in tqdm(range(n), desc="teacher's top-k"):
+                parts = [teacher.logits(z) for z in source.rows([i])[0].split(1024)]  # (<= 1024, V_t)
+                parts = [topk_log_probabilities(z if shared is None else z[:, shared], min(k, z.shape[-1]), cfg.kl_temperature) for z in parts]
+                kept.append([torch.cat(column).cpu() for column in zip(*parts)])
+        tensors = {"log_p": torch.cat([p for p, _ in kept]), "ids": torch.cat([i for _, i in kept]).int(), "counts": torch.tensor([len(p) for p, _ in kept])}
+        save_file(tensors, f"{file}.part", metadata={"tau": str(cfg.kl_temperature), "k": str(k)})
+        os.replace(f"{file}.part", file)
+    with safe_open(file, framework="pt") as f:
+        if (made := f.metadata()) != {"tau": str(cfg.kl_temperature), "k": str(k)}:
+            raise UserError(f"{file} was made with --kl_temperature {made['tau']} and --cache_topk {made['k']}; delete it")
+        counts = f.get_tensor("counts").tolist()
+        log_p, ids = f.get_tensor("log_p").split(counts), f.get_tensor("ids").split(counts)
+
+    def rows(indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.cat([log_p[i] for i in indices]).to(device), torch.cat([ids[i] for i in indices]).long().to(device)
+
+    def kl(h: torch.Tensor, log_p: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        logits = model.logits(h)
+        return topk_kl_sum(log_p, ids, logits if shared is None else logits[:, shared], cfg.kl_temperature)
+
+    return Teacher(rows, kl)
+
+
+def losses(model: CausalLM, batch, teacher: Teacher | None, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cross-entropy sum over all response tokens, KL sum over the trace's own tokens) of one micro-batch, the examples `indices`."""
     hidden = model.hidden(batch.inputs)  # (B, T, D)
     keep = batch.roles > 0
     ce = sum_over_chunks(lambda h, y: cross_entropy_sum(model.logits(h), y), hidden[keep], batch.targets[keep])
     if teacher is None:
         return ce, torch.zeros((), device=hidden.device)
-    with torch.no_grad():
-        theirs = teacher.hidden(teacher_batch.inputs)[teacher_batch.body > 0]  # (N, D_t), the same N tokens in the same order
-    kl = sum_over_chunks(lambda h, z: kl_divergence_sum(teacher.logits(z), model.logits(h), cfg.kl_temperature, shared),
-                         hidden[batch.body > 0], theirs)
-    return ce, kl
+    # the same N tokens in the same order on both sides, though the prompts before them differ
+    return ce, sum_over_chunks(teacher.kl, hidden[batch.body > 0], *teacher.rows(indices))
 
 
 @torch.no_grad()
@@ -162,6 +210,8 @@ def check_flags(cfg: Config) -> None:
         raise UserError("give --traces FILE, or --teacher MODEL and --prompts FILE")
     if cfg.kl_weight and not cfg.teacher:
         raise UserError("--kl_weight above 0 needs a --teacher that shares the model's tokenizer; stored traces alone need --kl_weight 0")
+    if cfg.cache_topk and not cfg.kl_weight:
+        raise UserError("--cache_topk keeps the teacher's distribution for the KL: it needs --kl_weight above 0")
     if not 1 <= cfg.samples_per_prompt <= cfg.attempts:
         raise UserError(f"--samples_per_prompt {cfg.samples_per_prompt} must be from 1 to --attempts {cfg.attempts}")
     for name in (cfg.model, cfg.teacher or cfg.model):
@@ -193,10 +243,14 @@ def main(cfg: Config) -> None:
     held_out = encode_records(tokenizer, records[: cfg.held_out], cfg.max_length) if cfg.held_out else []
     write_jsonl(run / "trained_on.jsonl", records[cfg.held_out :])
     write_text(run / "preview.txt", "\n".join(preview(tokenizer, e) for e in examples[:2]))
-    if not cfg.kl_weight:
-        teacher = None
-    shared = shared_ids(tokenizer, teacher_tokenizer, model, teacher, device) if teacher else None
-    views = teacher_view(cfg, teacher_tokenizer, {r.id: r for r in records}, examples) if teacher else examples
+    views, side = examples, None
+    if cfg.kl_weight:
+        shared = shared_ids(tokenizer, teacher_tokenizer, model, teacher, device)
+        views = teacher_view(cfg, teacher_tokenizer, {r.id: r for r in records}, examples)
+        side = in_memory(cfg, model, teacher, views, shared, device)
+        if cfg.cache_topk:
+            side = cached(cfg, run, model, side, teacher, len(examples), shared, device)
+    del teacher  # with a cache, or without KL, nothing holds it any more
 
     optimizer = make_optimizer(model, cfg.weight_decay)
     lengths = [max(len(e.ids), len(v.ids)) for e, v in zip(examples, views)]
@@ -215,8 +269,7 @@ def main(cfg: Config) -> None:
         ce_sum = kl_sum = 0.0
         for micro in micro_batches:
             batch = collate([examples[i] for i in micro], device)
-            teacher_batch = collate([views[i] for i in micro], device) if teacher else None
-            ce, kl = losses(cfg, model, batch, teacher, teacher_batch, shared)
+            ce, kl = losses(model, batch, side, micro)
             # sums, each divided once by its count over the whole step: micro-batches weigh every token alike
             ((1 - cfg.kl_weight) * ce / n_ce + cfg.kl_weight * kl / n_kl).backward()
             ce_sum, kl_sum = ce_sum + ce.item(), kl_sum + kl.item()

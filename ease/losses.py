@@ -31,6 +31,31 @@ def kl_divergence_sum(teacher_logits: Tensor, student_logits: Tensor, tau: float
     return tau**2 * F.kl_div(log_q, log_p, reduction="sum", log_target=True)
 
 
+def topk_log_probabilities(logits: Tensor, k: int, tau: float = 1.0) -> tuple[Tensor, Tensor]:
+    """What a cache keeps of softmax(z / tau), logits (N, V): log-probabilities (N, k + 1) of the k likeliest tokens and, last, of
+    all others together (-inf if k = V); and the tokens' ids (N, k).
+    """
+    log_p = F.log_softmax(logits.float() / tau, dim=-1)  # (N, V)
+    top, ids = log_p.topk(k, dim=-1)
+    tail = log_p.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)  # (N, 1)
+    return torch.cat((top, tail), dim=-1), ids
+
+
+def topk_kl_sum(log_p: Tensor, ids: Tensor, student_logits: Tensor, tau: float = 1.0) -> Tensor:
+    """tau^2 * sum_t KL over k + 1 classes, the teacher's k likeliest tokens and ONE tail with all others (without it this would be
+    no divergence). log_p (N, k + 1), ids (N, k) as topk_log_probabilities gives them, made with the same tau.
+
+    A lower bound of kl_divergence_sum (data processing inequality), rising with k, equal at k = V.
+    """
+    log_q = F.log_softmax(student_logits.float() / tau, dim=-1)  # (N, V)
+    of_ids = log_q.gather(-1, ids)
+    total = (log_p[:, :-1].exp() * (log_p[:, :-1] - of_ids)).sum()
+    if ids.shape[-1] < log_q.shape[-1]:  # else there is no tail, and its logarithm has no gradient
+        tail = log_q.scatter(-1, ids, -torch.inf).logsumexp(-1)  # (N,)
+        total = total + (log_p[:, -1].exp() * (log_p[:, -1] - tail)).sum()
+    return tau**2 * total
+
+
 def gated_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Gated-reasoning cross-entropy (phase 2): (sum_t w_t CE_t, sum_t w_t). logits (N, V); targets, weights (N,).
 

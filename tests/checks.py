@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from ease import losses
 from ease.batching import Example
 from ease.gate import ANSWER, GATE, REASONING
 from ease.records import Record
@@ -71,6 +72,38 @@ def check_kl_divergence_sum(fn):
     fn(teacher, student, 1.0, torch.arange(11)).backward()
     assert student.grad is not None and teacher.grad is None  # the teacher learns nothing
     assert close(fn(teacher, teacher, 1.0), 0)
+
+
+def check_topk_log_probabilities(fn):
+    logits = logits_and_targets(6, 9, 4)[0]
+    for tau in (1.0, 3.0):
+        p = (logits / tau).softmax(-1)
+        for k in (1, 4, 9):
+            log_p, ids = fn(logits, k, tau)
+            assert log_p.shape == (6, k + 1) and ids.shape == (6, k) and torch.equal(ids.sort(-1).values, logits.topk(k).indices.sort(-1).values)
+            assert torch.allclose(log_p[:, :-1].exp(), p.gather(-1, ids), atol=1e-6)
+            assert torch.allclose(log_p.exp().sum(-1), torch.ones(6), atol=1e-5)  # the tail is all the rest
+    sharp = torch.tensor([[40.0, 0.0, 0.0, 0.0]])
+    assert close(fn(sharp, 1)[0][0, 1], math.log(3) - 40, 1e-4)  # a tail that 1 - p would lose in fp32
+
+
+def check_topk_kl_sum(fn):
+    teacher, student = logits_and_targets(5, 11, 1)[0] * 2, logits_and_targets(5, 11, 2)[0]
+    for tau in (1.0, 2.5):
+        last = -1.0
+        for k in (1, 2, 5, 10, 11):
+            student.requires_grad_().grad = None
+            total = fn(*losses.topk_log_probabilities(teacher, k, tau), student, tau)
+            total.backward()
+            assert close(total, reference.topk_kl_sum(teacher.tolist(), student.tolist(), k, tau)) and student.grad.isfinite().all()
+            assert last <= total.item() + 1e-5  # never less with more classes
+            last = total.item()
+        full, gradient = losses.kl_divergence_sum(teacher, student, tau), student.grad.clone()
+        student.grad = None
+        full.backward()
+        assert close(last, full) and torch.allclose(gradient, student.grad, atol=1e-5)  # k = V is the full KL, gradient included
+    same = losses.topk_log_probabilities(teacher, 3)
+    assert close(fn(*same, teacher), 0)
 
 
 def check_gated_cross_entropy(fn):

@@ -55,6 +55,38 @@ def kl_divergence_sum__mean(teacher, student, tau=1.0, shared=None):
     return losses.kl_divergence_sum(teacher, student, tau, shared) / len(student)
 
 
+def topk_log_probabilities__renormalised(logits, k, tau=1.0):
+    top, ids = (logits / tau).topk(k)
+    return torch.cat((top.log_softmax(-1), torch.full((len(top), 1), -torch.inf)), -1), ids
+
+
+def topk_log_probabilities__tail_by_difference(logits, k, tau=1.0):
+    top, ids = (logits / tau).log_softmax(-1).topk(k)
+    return torch.cat((top, (1 - top.exp().sum(-1, keepdim=True)).clamp(min=0).log()), -1), ids
+
+
+def topk_log_probabilities__no_tau(logits, k, tau=1.0):
+    return losses.topk_log_probabilities(logits, k)
+
+
+def topk_kl_sum__no_tail(log_p, ids, student, tau=1.0):
+    of_ids = (student / tau).log_softmax(-1).gather(-1, ids)
+    return tau**2 * (log_p[:, :-1].exp() * (log_p[:, :-1] - of_ids)).sum()
+
+
+def topk_kl_sum__renormalised(log_p, ids, student, tau=1.0):
+    p, q = log_p[:, :-1].log_softmax(-1), (student / tau).gather(-1, ids).log_softmax(-1)
+    return tau**2 * (p.exp() * (p - q)).sum()
+
+
+def topk_kl_sum__no_tau_squared(log_p, ids, student, tau=1.0):
+    return losses.topk_kl_sum(log_p, ids, student, tau) / tau**2
+
+
+def topk_kl_sum__mean(log_p, ids, student, tau=1.0):
+    return losses.topk_kl_sum(log_p, ids, student, tau) / len(ids)
+
+
 def gated_cross_entropy__unweighted(logits, targets, weights):
     return losses.cross_entropy_sum(logits, targets), weights.sum()
 

@@ -21,6 +21,17 @@ def kl_divergence_sum(teacher: list[list[float]], student: list[list[float]], ta
     return tau * tau * total
 
 
+def topk_kl_sum(teacher: list[list[float]], student: list[list[float]], k: int, tau: float) -> float:
+    """KL over k + 1 classes: the teacher's k likeliest tokens, and all others as one."""
+    total = 0.0
+    for z, s in zip(teacher, student):
+        p, q = ([math.exp(x) for x in log_softmax([x / tau for x in row])] for row in (z, s))
+        top = sorted(range(len(z)), key=lambda i: -z[i])[:k]
+        classes = [(p[i], q[i]) for i in top] + [(sum(p[i] for i in range(len(z)) if i not in top), sum(q[i] for i in range(len(z)) if i not in top))]
+        total += sum(a * math.log(a / b) for a, b in classes if a > 0)
+    return tau * tau * total
+
+
 def gated_cross_entropy(logits: list[list[float]], targets: list[int], weights: list[float]) -> tuple[float, float]:
     return sum(w * -log_softmax(row)[y] for row, y, w in zip(logits, targets, weights)), sum(weights)
 
