@@ -3,7 +3,7 @@
     python distill.py --model M_s --teacher M_t --prompts FILE --out DIR          traces from the teacher, cross-entropy + KL
     python distill.py --model M_s --traces FILE --kl_weight 0 --out DIR           stored traces, cross-entropy (official objective)
 
-1. every prompt q has its safety categories c                       (records)
+1. every prompt q has its safety categories c                       (records, or traces.classify)
 2. (q, c, policy of c) -> M_t -> rejection sampling -> traces       (traces.rejection_sample, policies.accept_trace)
 3. SFT of M_s on (q, CoT, answer), the policy left out -> M_reason  (the loop below; losses.cross_entropy_sum, kl_divergence_sum)
 """
@@ -29,12 +29,13 @@ from ease.loading import (load_model, load_tokenizer, load_trainable, load_weigh
 from ease.lora import merge_lora
 from ease.losses import cross_entropy_sum, kl_divergence_sum, sum_over_chunks, topk_kl_sum, topk_log_probabilities
 from ease.model import CausalLM
-from ease.policies import load_policies, teacher_messages
+from ease.policies import BENIGN, load_policies, teacher_messages
 from ease.readers import read_named
 from ease.records import Record, UserError, write_jsonl, write_text
 from ease.run import (command_line, finish, is_done, learning_rate, log, make_optimizer, open_run, optimizer_step, resume, save_state, stage, stop_if_not_finite)
+from ease.scoring import category_agreement
 from ease.tokenizer import Tokenizer, shared_vocabulary
-from ease.traces import rejection_sample
+from ease.traces import classify, rejection_sample
 
 
 @dataclass
@@ -48,6 +49,7 @@ class Config:
     prompts: str = ""  # phase-1 prompts with categories, for the teacher
     traces: str = ""  # stored traces instead (records with reasoning and response, or STAR-1)
     policies: str = ""  # JSON with the teacher's instruction and policy texts; default: policies.py
+    categories: Literal["record", "teacher"] = "record"  # of --prompts: as they stand there, or asked of the teacher, one by one
     judge: str = "xstest"  # is a harmful prompt's answer safe? a guard model, target, or a refusal list (which drops safe answers that do not refuse)
     max_traces: int = 0  # use at most this many stored traces, drawn by the seed (0 = all)
     held_out: int = 0  # keep this many traces out of training and report their NLL before and after
@@ -94,8 +96,17 @@ def get_traces(cfg: Config, run: Path, teacher: CausalLM | None, tokenizer: Toke
         print(f"{len(traces)} stored traces from {cfg.traces}")
         return traces
 
+    def classified() -> list[Record]:
+        given, (_, policies) = read_named(cfg.prompts), load_policies(cfg.policies)
+        found = classify(teacher, tokenizer, given, tuple(c for c in policies if c != BENIGN))
+        labelled = [(f.categories, g.categories) for f, g in zip(found, given) if g.categories]
+        if labelled:
+            a = category_agreement(*map(list, zip(*labelled)))
+            print(f"the teacher's categories against the {a['n']} labelled rows: accuracy {a['accuracy']:.3f}, micro F1 {a['f1']:.3f}")
+        return found
+
     def sample() -> list[Record]:
-        records = read_named(cfg.prompts)
+        records = stage(run / "categories.jsonl", classified) if cfg.categories == "teacher" else read_named(cfg.prompts)
         accepted, rejected = rejection_sample(
             teacher, tokenizer, load_judge(cfg.judge, dtype, device), records, load_policies(cfg.policies), cfg.attempts,
             cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.seed, cfg.slots,

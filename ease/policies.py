@@ -126,6 +126,11 @@ def is_loop(text: str) -> bool:
     return False
 
 
+def category_messages(prompt: str, category: str) -> list[dict]:
+    """The question by which a teacher classifies (paper, phase 1, step 1), one a category; all of a prompt begin alike."""
+    return [{"role": "user", "content": f"Here is a request to an assistant:\n{prompt}\n\nDoes it touch the policy area \"{category}\"? Answer yes or no."}]
+
+
 def accept_trace(record: Record, text: str, verdict: str, refused: bool, finished: bool, policies: dict[str, str] = POLICIES) -> str | None:
     """None if the teacher's text counts, else the reason why it is dropped (paper, phase 1: rejection sampling).
 

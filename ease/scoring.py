@@ -133,6 +133,13 @@ def agreement(rows: list[dict], first: str, other: str) -> dict:
     return {a: {b: sum(v[first] == a and v[other] == b for v in picked) for b in values} for a in values}
 
 
+def category_agreement(found: list[tuple[str, ...]], labelled: list[tuple[str, ...]]) -> dict:
+    """Multi-label agreement: accuracy = share of rows with the very same set; micro F1 = 2 TP / (2 TP + FP + FN) over all labels."""
+    pairs = [(set(a), set(b)) for a, b in zip(found, labelled, strict=True)]
+    both, wrong = sum(len(a & b) for a, b in pairs), sum(len(a ^ b) for a, b in pairs)
+    return {"n": len(pairs), "accuracy": sum(a == b for a, b in pairs) / len(pairs), "f1": 2 * both / (2 * both + wrong) if both + wrong else 1.0}
+
+
 def normalise(text: str) -> str:
     """For exact match: lower case, runs of white space as one space, no closing full stop."""
     return " ".join(text.lower().split()).rstrip(".")

@@ -2,12 +2,15 @@
 
 from dataclasses import replace
 
+import torch
+from tqdm import tqdm
+
 from ease.gate import THINK_OPEN, split_reasoning
 from ease.generate import generate
 from ease.judge import Judge
-from ease.model import CausalLM
-from ease.policies import accept_trace, teacher_messages
-from ease.records import Record, record_to_dict
+from ease.model import CausalLM, KVCache
+from ease.policies import BENIGN, accept_trace, category_messages, teacher_messages
+from ease.records import Record, UserError, record_to_dict
 from ease.scoring import is_refusal
 from ease.tokenizer import Tokenizer
 
@@ -41,6 +44,44 @@ def rejection_sample(teacher: CausalLM, tokenizer: Tokenizer, judge: Judge, reco
             else:
                 rejected.append({**record_to_dict(record), "text": text, "attempt": attempt + 1, "reason": reason})
     return [trace for r in records for trace in accepted[r.id]], rejected
+
+
+def first_tokens(tokenizer: Tokenizer, word: str) -> set[int]:
+    """The ids an answer may begin a word with: its forms that are one token, else the first token of the word itself."""
+    forms = [tokenizer.encode(w) for w in (word, word.title(), f" {word}", f" {word.title()}")]
+    return {f[0] for f in forms if len(f) == 1} or {forms[0][0]}
+
+
+@torch.inference_mode()
+def yes_probabilities(model: CausalLM, tokenizer: Tokenizer, questions: list[list[dict]]) -> list[float]:
+    """P(yes) / (P(yes) + P(no)) as the first token of the answer, for conversations that begin alike: what all share is computed once."""
+    words = [first_tokens(tokenizer, word) for word in ("yes", "no")]
+    if words[0] & words[1]:
+        raise UserError("this teacher's tokenizer begins 'yes' and 'no' with one token: it cannot classify")
+    rows = [tokenizer.encode_prompt(q) for q in questions]
+    shared = min(next((i for i, column in enumerate(zip(*rows)) if len(set(column)) > 1), min(map(len, rows))), min(map(len, rows)) - 1)
+    n, T, device = len(rows), max(map(len, rows)) - shared, model.device
+    cache = KVCache(model.config, n, shared + T, next(model.parameters()).dtype, device)
+    if shared:
+        positions = torch.arange(shared, device=device)[None]
+        model.hidden(torch.tensor([rows[0][:shared]], device=device), cache, 0, positions, span=shared)
+        for slot in range(1, n):
+            cache.move(0, slot)
+    ids = torch.tensor([r[shared:] + [0] * (shared + T - len(r)) for r in rows], device=device)  # (n, T)
+    positions = torch.arange(shared, shared + T, device=device).expand(n, T)
+    hidden = model.hidden(ids, cache, 0, positions, span=shared + T)  # (n, T, D)
+    p = model.logits(hidden[range(n), [len(r) - shared - 1 for r in rows]]).float().softmax(-1)  # (n, V)
+    yes, no = (p[:, sorted(w)].sum(-1) for w in words)
+    return (yes / (yes + no)).tolist()
+
+
+def classify(teacher: CausalLM, tokenizer: Tokenizer, records: list[Record], categories: tuple[str, ...]) -> list[Record]:
+    """Records with the teacher's categories: all whose P(yes) exceeds P(no), "benign" if none does (paper, phase 1, step 1)."""
+    out = []
+    for r in tqdm(records, desc="categories"):
+        p = yes_probabilities(teacher, tokenizer, [category_messages(r.prompt, c) for c in categories])
+        out.append(replace(r, categories=tuple(c for c, yes in zip(categories, p) if yes > 0.5) or (BENIGN,)))
+    return out
 
 
 def join_traces(records: list[Record], traces: list[Record]) -> list[Record]:

@@ -339,6 +339,14 @@ def check_learning_rate(fn):
     assert fn(0, 1, 2.0, 0.03) == 2.0  # one step is a full step
 
 
+def check_category_agreement(fn):
+    found, labelled = [("a",), ("b", "a"), ("benign",), ("c",)], [("a",), ("a", "b"), ("a", "c"), ("c", "a")]
+    out = fn(found, labelled)
+    assert out["n"] == 4 and close(out["accuracy"], 0.5)  # order does not matter, parts do not count
+    assert close(out["f1"], 2 * 4 / (2 * 4 + 1 + 3))  # TP a, a, b, c; FP benign; FN a, c, a
+    assert fn([("a",)], [("b",)])["f1"] == 0
+
+
 # ------------------------------------------------------------------------------------------------ the gate
 def check_not_opening(fn):
     """Chained over the marker's tokens, p' is the model's distribution over responses, conditioned on not opening."""

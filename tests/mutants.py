@@ -416,6 +416,20 @@ def learning_rate__linear_decay(step, steps, peak, warmup):
     return run.learning_rate(step, steps, peak, warmup) if step < ramp else peak * (1 - (step - ramp) / max(1, steps - ramp))
 
 
+def category_agreement__any_in_common(found, labelled):
+    out = scoring.category_agreement(found, labelled)
+    return {**out, "accuracy": sum(bool(set(a) & set(b)) for a, b in zip(found, labelled)) / len(found)}
+
+
+def category_agreement__order_matters(found, labelled):
+    return {**scoring.category_agreement(found, labelled), "accuracy": sum(a == b for a, b in zip(found, labelled)) / len(found)}
+
+
+def category_agreement__jaccard(found, labelled):
+    both, either = sum(len(set(a) & set(b)) for a, b in zip(found, labelled)), sum(len(set(a) | set(b)) for a, b in zip(found, labelled))
+    return {**scoring.category_agreement(found, labelled), "f1": both / either}
+
+
 # the gate
 def not_opening__bans_the_first_token(logits, token, rest):
     return logits.index_fill(0, torch.tensor([token]), -math.inf)

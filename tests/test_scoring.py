@@ -5,7 +5,7 @@ from ease.scoring import agreement, group_bootstrap, keyword_verdict, normalise,
 from tests.checks import verify
 
 
-@pytest.mark.parametrize("name", ["is_refusal", "target_verdict", "wilson_interval", "rate", "overhead_reduction", "auroc", "gate_curve", "choose_threshold"])
+@pytest.mark.parametrize("name", ["is_refusal", "target_verdict", "wilson_interval", "rate", "overhead_reduction", "auroc", "gate_curve", "choose_threshold", "category_agreement"])
 def test_scoring(name):
     verify(scoring, name)
 

@@ -17,6 +17,7 @@ import train
 from ease.batching import collate, encode_record
 from ease.loading import load_model, load_tokenizer
 from ease.losses import gated_cross_entropy
+from ease.readers import read_records
 from ease.records import Record, UserError, read_jsonl, read_lines, write_jsonl
 from ease.scoring import is_refusal, target_verdict
 from ease.tokenizer import shared_vocabulary
@@ -300,6 +301,15 @@ def test_kl_from_a_cache(runs, tmp_path):
     (tmp_path / "other/teacher_topk.safetensors").write_bytes((tmp_path / "4/teacher_topk.safetensors").read_bytes())
     with pytest.raises(UserError, match="was made with --kl_temperature 2.0 and --cache_topk 4; delete it"):
         distill.main(replace(cfg, cache_topk=4, kl_temperature=1.0, out=str(tmp_path / "other")))
+
+
+def test_categories_from_the_teacher(runs, tmp_path, capsys):
+    distill.main(replace(runs.phase1, categories="teacher", out=str(tmp_path / "run"), steps=1, merged=False))
+    found, given = read_jsonl(tmp_path / "run/categories.jsonl"), read_records(runs.phase1.prompts)
+    assert [r.prompt for r in found] == [r.prompt for r in given] and all(r.categories for r in found)
+    assert f"against the {sum(bool(r.categories) for r in given)} labelled rows: accuracy" in capsys.readouterr().out
+    by_prompt = {r.prompt: r.categories for r in found}
+    assert all(r.categories == by_prompt[r.prompt] for r in read_jsonl(tmp_path / "run/traces.jsonl"))
 
 
 # ------------------------------------------------------------------------------------------------ mistakes

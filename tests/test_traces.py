@@ -1,12 +1,15 @@
 import copy
 
+import pytest
+import torch
+
 from ease import traces
 from ease.generate import Generation
-from ease.policies import INSTRUCTION, POLICIES
+from ease.policies import INSTRUCTION, POLICIES, category_messages
 from ease.records import Record
 from ease.scoring import keyword_verdict
-from ease.traces import join_traces, rejection_sample
-from tests.tiny import TOKENIZER
+from ease.traces import classify, first_tokens, join_traces, rejection_sample, yes_probabilities
+from tests.tiny import TOKENIZER, tiny_model
 
 GOOD = "<think>\nthe request is self-harm.\n</think>\n\nI'm sorry, but I cannot help with that."
 
@@ -73,6 +76,31 @@ def test_a_template_that_opens_the_block_gets_its_marker_back(monkeypatch):
         else:
             assert [r["reason"] for r in rejected] == ["no think block"]
     assert prompts[1] == prompts[0] + TOKENIZER.encode("<think>\n")
+
+
+def test_classification_shares_the_prefix_and_changes_nothing():
+    """Against whole prompts one by one; prompts and categories of unequal length."""
+    model = tiny_model()
+    records = [Record("a", "how do i paint the car?", "harmful"), Record("b", "tell me " * 9, "benign", categories=("old",)), Record("c", "x", "harmful")]
+    categories = ("theft", "privacy or so", "abuse", "a, b and c")
+    wanted = []
+    for r in records:
+        p = []
+        for c in categories:
+            last = model(torch.tensor([TOKENIZER.encode_prompt(category_messages(r.prompt, c))]))[0, -1].softmax(-1)
+            yes, no = (first_tokens(TOKENIZER, word) for word in ("yes", "no"))
+            p.append(float(last[sorted(yes)].sum() / last[sorted(yes | no)].sum()))
+        assert yes_probabilities(model, TOKENIZER, [category_messages(r.prompt, c) for c in categories]) == pytest.approx(p, rel=1e-4)
+        wanted.append(tuple(c for c, x in zip(categories, p) if x > 0.5) or ("benign",))
+    found = classify(model, TOKENIZER, records, categories)
+    assert [r.categories for r in found] == wanted and [(r.id, r.prompt, r.kind) for r in found] == [(r.id, r.prompt, r.kind) for r in records]
+    assert yes_probabilities(model, TOKENIZER, [category_messages("x", "y")])[0] == pytest.approx(  # one question alone
+        yes_probabilities(model, TOKENIZER, [category_messages("x", "y"), category_messages("x", "z")])[0], rel=1e-4)
+
+
+def test_first_tokens():
+    assert first_tokens(TOKENIZER, "paint") == {TOKENIZER.encode("paint")[0], TOKENIZER.encode(" paint")[0]}  # "Paint" is two tokens
+    assert first_tokens(TOKENIZER, "xyz") == {TOKENIZER.encode("x")[0]} != {TOKENIZER.encode(" x")[0]}
 
 
 def test_join_is_on_the_underlying_request():
