@@ -5,36 +5,33 @@
 
 1. every prompt q has its safety categories c                       (records, or traces.classify)
 2. (q, c, policy of c) -> M_t -> rejection sampling -> traces       (traces.rejection_sample, policies.accept_trace)
-3. SFT of M_s on (q, CoT, answer), the policy left out -> M_reason  (the loop below; losses.cross_entropy_sum, kl_divergence_sum)
+3. SFT of M_s on (q, CoT, answer), the policy left out -> M_reason  (the loop below; losses.cross_entropy_sum, teacher.py)
 """
 
-import os
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
-from ease.batching import Example, batches, collate, encode_record, encode_records, preview
+from ease.batching import Batch, Example, batches, collate, encode_records, preview
 from ease.judge import check_judge, load_judge
 from ease.loading import (load_model, load_tokenizer, load_trainable, load_weights, pick_device, pick_dtype, resolve, save_model,
                           save_weights)
 from ease.lora import merge_lora
-from ease.losses import cross_entropy_sum, kl_divergence_sum, sum_over_chunks, topk_kl_sum, topk_log_probabilities
+from ease.losses import cross_entropy_sum, sum_over_chunks
 from ease.model import CausalLM
-from ease.policies import BENIGN, load_policies, teacher_messages
+from ease.policies import BENIGN, load_policies
 from ease.readers import read_named
 from ease.records import Record, UserError, write_jsonl, write_text
 from ease.run import (command_line, finish, is_done, learning_rate, log, make_optimizer, open_run, optimizer_step, resume, save_state, stage, stop_if_not_finite)
 from ease.scoring import category_agreement
-from ease.tokenizer import Tokenizer, shared_vocabulary
+from ease.teacher import TeacherSide, from_cache, in_memory, shared_ids, teacher_view
+from ease.tokenizer import Tokenizer
 from ease.traces import classify, rejection_sample
 
 
@@ -121,79 +118,7 @@ def get_traces(cfg: Config, run: Path, teacher: CausalLM | None, tokenizer: Toke
     return stage(run / "traces.jsonl", sample)
 
 
-def teacher_view(cfg: Config, teacher: Tokenizer, records: dict[str, Record], examples: list[Example]) -> list[Example]:
-    """The same traces in the teacher's context (q, policy of c). Reasoning and answer must be the same ids on both sides."""
-    rules, out = load_policies(cfg.policies), []
-    for e in examples:
-        r = records[e.id]
-        view = encode_record(teacher, r, teacher_messages(r.prompt, r.categories, *rules))
-        own, theirs = ([i for i, b in zip(x.ids, x.body) if b] for x in (e, view))
-        if own != theirs:
-            raise UserError(f"the tokenizers of --model and --teacher differ (row {e.id}): no KL is defined; use --kl_weight 0")
-        out.append(view)
-    return out
-
-
-def shared_ids(own: Tokenizer, theirs: Tokenizer, model: CausalLM, teacher: CausalLM, device: str) -> torch.Tensor | None:
-    """The ids over which the KL is taken, None for all. Added tokens and rows without a token may differ (R1-Distill-Qwen has
-    Qwen2.5's ordinary vocabulary, but other turn and end tokens).
-    """
-    rows = {m.config.vocab_size for m in (model, teacher)}
-    ids = [i for i in shared_vocabulary(own, theirs) if i < min(rows)]
-    if rows == {len(ids)}:
-        return None
-    print(f"KL over the {len(ids)} ids that mean the same token in both vocabularies ({' and '.join(map(str, sorted(rows)))} rows)")
-    return torch.tensor(ids, device=device)
-
-
-class Teacher(NamedTuple):
-    """The teacher's side of the KL: in memory, or as a cache."""
-
-    rows: Callable  # indices of examples -> tensors (N, ...): the teacher at the N tokens of their traces
-    kl: Callable  # (student hidden states (N, D), *rows) -> the KL sum
-
-
-def in_memory(cfg: Config, model: CausalLM, teacher: CausalLM, views: list[Example], shared: torch.Tensor | None, device: str) -> Teacher:
-    """The teacher runs beside the student; its head is applied chunk by chunk, with the student's."""
-
-    @torch.no_grad()
-    def rows(indices: list[int]) -> tuple[torch.Tensor]:
-        batch = collate([views[i] for i in indices], device)
-        return (teacher.hidden(batch.inputs)[batch.body > 0],)  # (N, D_t)
-
-    return Teacher(rows, lambda h, z: kl_divergence_sum(teacher.logits(z), model.logits(h), cfg.kl_temperature, shared))
-
-
-def cached(cfg: Config, run: Path, model: CausalLM, source: Teacher, teacher: CausalLM, n: int, shared: torch.Tensor | None, device: str) -> Teacher:
-    """What top-k says, kept in teacher_topk.safetensors: the teacher runs once over the n traces and can then leave the memory."""
-    file, k = run / "teacher_topk.safetensors", cfg.cache_topk
-    if not file.exists():
-        kept = []
-        with torch.no_grad():
-            for i in tqdm(range(n), desc="teacher's top-k"):
-                parts = [teacher.logits(z) for z in source.rows([i])[0].split(1024)]  # (<= 1024, V_t)
-                parts = [topk_log_probabilities(z if shared is None else z[:, shared], min(k, z.shape[-1]), cfg.kl_temperature) for z in parts]
-                kept.append([torch.cat(column).cpu() for column in zip(*parts)])
-        tensors = {"log_p": torch.cat([p for p, _ in kept]), "ids": torch.cat([i for _, i in kept]).int(), "counts": torch.tensor([len(p) for p, _ in kept])}
-        save_file(tensors, f"{file}.part", metadata={"tau": str(cfg.kl_temperature), "k": str(k)})
-        os.replace(f"{file}.part", file)
-    with safe_open(file, framework="pt") as f:
-        if (made := f.metadata()) != {"tau": str(cfg.kl_temperature), "k": str(k)}:
-            raise UserError(f"{file} was made with --kl_temperature {made['tau']} and --cache_topk {made['k']}; delete it")
-        counts = f.get_tensor("counts").tolist()
-        log_p, ids = f.get_tensor("log_p").split(counts), f.get_tensor("ids").split(counts)
-
-    def rows(indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.cat([log_p[i] for i in indices]).to(device), torch.cat([ids[i] for i in indices]).long().to(device)
-
-    def kl(h: torch.Tensor, log_p: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        logits = model.logits(h)
-        return topk_kl_sum(log_p, ids, logits if shared is None else logits[:, shared], cfg.kl_temperature)
-
-    return Teacher(rows, kl)
-
-
-def losses(model: CausalLM, batch, teacher: Teacher | None, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def losses(model: CausalLM, batch: Batch, teacher: TeacherSide | None, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """(cross-entropy sum over all response tokens, KL sum over the trace's own tokens) of one micro-batch, the examples `indices`."""
     hidden = model.hidden(batch.inputs)  # (B, T, D)
     keep = batch.roles > 0
@@ -256,11 +181,11 @@ def main(cfg: Config) -> None:
     write_text(run / "preview.txt", "\n".join(preview(tokenizer, e) for e in examples[:2]))
     views, side = examples, None
     if cfg.kl_weight:
+        views = teacher_view(teacher_tokenizer, {r.id: r for r in records}, examples, load_policies(cfg.policies))
         shared = shared_ids(tokenizer, teacher_tokenizer, model, teacher, device)
-        views = teacher_view(cfg, teacher_tokenizer, {r.id: r for r in records}, examples)
-        side = in_memory(cfg, model, teacher, views, shared, device)
+        side = in_memory(model, teacher, views, shared, cfg.kl_temperature, device)
         if cfg.cache_topk:
-            side = cached(cfg, run, model, side, teacher, len(examples), shared, device)
+            side = from_cache(run / "teacher_topk.safetensors", side, teacher, model, len(views), cfg.cache_topk, shared, cfg.kl_temperature, device)
     del teacher  # with a cache, or without KL, nothing holds it any more
 
     optimizer = make_optimizer(model, cfg.weight_decay)

@@ -5,6 +5,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the oracles must not look for a 
 
 import pytest  # noqa: E402
 
+import distill  # noqa: E402
+import evaluate  # noqa: E402
+import train  # noqa: E402
 from data import toy  # noqa: E402
 
 
@@ -16,3 +19,22 @@ def world(tmp_path_factory):
     names = {name: str(path / f"{name}.jsonl") for name in toy.SETS}
     return SimpleNamespace(path=path, base=str(path / "base"), teacher=str(path / "teacher"), judge=str(path / "judge"),
                            policies=str(path / "policies.json"), **names)
+
+
+@pytest.fixture(scope="session")
+def runs(world, tmp_path_factory):
+    """All four trainings and one evaluation, three steps each."""
+    out = tmp_path_factory.mktemp("runs")
+    common = {"teacher": world.teacher, "policies": world.policies, "judge": "target", "max_new_tokens": 40, "batch_size": 8, "lr": 1e-3, "steps": 3}
+    phase1 = distill.Config(model=world.base, out=str(out / "phase1"), prompts=world.prompts, merged=True, **common)
+    distill.main(phase1)
+    data = {"model": world.base, "diagnostic": world.diagnostic, "refusals": world.refusals, "general": world.general, "probe_tokens": 30, **common}
+    ease = train.Config(out=str(out / "ease"), init=str(out / "phase1" / "adapter"), **data)
+    train.main(ease)
+    for method in ("refusal", "deliberative"):
+        train.main(train.Config(out=str(out / method), method=method, prompts=world.prompts, **data))
+    systems = [f"base={world.base}"] + [f"{n}={world.base}+{out / n / 'adapter'}" for n in ("phase1", "refusal", "deliberative", "ease")]
+    test = evaluate.Config(systems=systems, out=str(out / "test"), prompts=[world.test], judge=["target", "xstest"], max_new_tokens=40,
+                           base_system="base", refusal_system="refusal", deliberative_system="deliberative")
+    evaluate.main(test)
+    return SimpleNamespace(out=out, phase1=phase1, ease=ease, data=data, test=test)

@@ -17,7 +17,7 @@ import distill
 import evaluate
 import train
 from ease import run as run_module
-from tests.test_scripts import ROOT, rows, runs  # noqa: F401  (the fixture)
+from tests.test_scripts import ROOT, rows
 
 
 class Stop(Exception):
@@ -43,7 +43,7 @@ def interrupted(module, cfg, monkeypatch, after):
 
 
 @pytest.mark.parametrize("script, rank, after", [(train, 16, 4), (train, 0, 4), (distill, 16, 4), (distill, 16, 1)])
-def test_resume_is_exact(runs, tmp_path, monkeypatch, script, rank, after):  # noqa: F811
+def test_resume_is_exact(runs, tmp_path, monkeypatch, script, rank, after):
     """Stopped in the step `after` + 1: steps beyond the checkpoint at 3 are lost and done again; before it, all of them."""
     base = runs.ease if script is train else runs.phase1
     base = replace(base, steps=6, save_every=3, lora_rank=rank, **({"init": ""} if script is train and not rank else {"merged": False}))
@@ -58,7 +58,7 @@ def test_resume_is_exact(runs, tmp_path, monkeypatch, script, rank, after):  # n
     assert not any(p.name == "step-3" for p in run_module.newest_first(tmp_path / "parts"))
 
 
-def test_a_changed_flag_is_not_resumed(runs, tmp_path, monkeypatch):  # noqa: F811
+def test_a_changed_flag_is_not_resumed(runs, tmp_path, monkeypatch):
     cfg = replace(runs.ease, out=str(tmp_path / "run"))
     monkeypatch.setattr(train, "optimizer_step", lambda *a: (_ for _ in ()).throw(Stop))
     with pytest.raises(Stop):
@@ -92,7 +92,7 @@ def killed(script, cfg, signs: list[str]) -> None:
 
 @pytest.mark.parametrize("script, signs", [(distill, ["manifest.json", "traces.jsonl", "checkpoints/step-8"]),
                                            (train, ["probe.jsonl", "trained_on.jsonl", "checkpoints/step-4"])])
-def test_kill_9_in_training(runs, tmp_path, script, signs):  # noqa: F811
+def test_kill_9_in_training(runs, tmp_path, script, signs):
     base = replace(runs.ease if script is train else runs.phase1, steps=40, save_every=4, merged=False)
     whole, parts = replace(base, out=str(tmp_path / "whole")), replace(base, out=str(tmp_path / "parts"))
     killed(script, whole, [])
@@ -101,7 +101,7 @@ def test_kill_9_in_training(runs, tmp_path, script, signs):  # noqa: F811
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes(), file
 
 
-def test_kill_9_in_evaluation(runs, tmp_path):  # noqa: F811
+def test_kill_9_in_evaluation(runs, tmp_path):
     base = replace(runs.test, max_new_tokens=24)
     whole, parts = replace(base, out=str(tmp_path / "whole")), replace(base, out=str(tmp_path / "parts"))
     killed(evaluate, whole, [])

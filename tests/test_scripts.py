@@ -6,7 +6,6 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,29 +19,9 @@ from ease.losses import gated_cross_entropy
 from ease.readers import read_records
 from ease.records import Record, UserError, read_jsonl, read_lines, write_jsonl
 from ease.scoring import is_refusal, target_verdict
-from ease.tokenizer import shared_vocabulary
-from tests.tiny import VOCAB, tiny_folder
+from tests.tiny import tiny_folder
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="session")
-def runs(world, tmp_path_factory):
-    """All four trainings and one evaluation, three steps each."""
-    out = tmp_path_factory.mktemp("runs")
-    common = {"teacher": world.teacher, "policies": world.policies, "judge": "target", "max_new_tokens": 40, "batch_size": 8, "lr": 1e-3, "steps": 3}
-    phase1 = distill.Config(model=world.base, out=str(out / "phase1"), prompts=world.prompts, merged=True, **common)
-    distill.main(phase1)
-    data = {"model": world.base, "diagnostic": world.diagnostic, "refusals": world.refusals, "general": world.general, "probe_tokens": 30, **common}
-    ease = train.Config(out=str(out / "ease"), init=str(out / "phase1" / "adapter"), **data)
-    train.main(ease)
-    for method in ("refusal", "deliberative"):
-        train.main(train.Config(out=str(out / method), method=method, prompts=world.prompts, **data))
-    systems = [f"base={world.base}"] + [f"{n}={world.base}+{out / n / 'adapter'}" for n in ("phase1", "refusal", "deliberative", "ease")]
-    test = evaluate.Config(systems=systems, out=str(out / "test"), prompts=[world.test], judge=["target", "xstest"], max_new_tokens=40,
-                           base_system="base", refusal_system="refusal", deliberative_system="deliberative")
-    evaluate.main(test)
-    return SimpleNamespace(out=out, phase1=phase1, ease=ease, data=data, test=test)
 
 
 def rows(path):
@@ -257,50 +236,6 @@ def test_stored_traces_need_no_teacher_and_hold_out(runs, tmp_path, capsys):
     assert len(read_jsonl(tmp_path / "run/held_out.jsonl")) == 4 and len(read_jsonl(tmp_path / "run/trained_on.jsonl")) == 8
     assert last["held_out_nll_after"] < last["held_out_nll_before"] and "held-out traces" in capsys.readouterr().out
     assert not {r.id for r in read_jsonl(tmp_path / "run/held_out.jsonl")} & {r.id for r in read_jsonl(tmp_path / "run/trained_on.jsonl")}
-
-
-def test_kl_with_a_teacher_of_other_control_tokens(runs, tmp_path, capsys):
-    """As R1-Distill-Qwen and Qwen2.5: one ordinary vocabulary, other turn and end tokens, more rows. The KL is over the shared ids only."""
-    tiny_folder(tmp_path / "teacher", vocab_size=VOCAB + 7)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        text = (tmp_path / "teacher" / name).read_text()
-        assert "<|end|>" in text and "<|assistant|>" in text
-        (tmp_path / "teacher" / name).write_text(text.replace("<|end|>", "<|stop|>").replace("<|assistant|>", "<|machine|>"))
-    cfg = distill.Config(model=runs.ease.model, teacher=str(tmp_path / "teacher"), out=str(tmp_path / "run"), steps=1, batch_size=4,
-                         traces=str(runs.out / "phase1/traces.jsonl"), policies=runs.ease.policies)
-    distill.main(cfg)
-    assert f"KL over the {VOCAB - 2} ids that mean the same token in both vocabularies ({VOCAB} and {VOCAB + 7} rows)" in capsys.readouterr().out
-    assert rows(tmp_path / "run/metrics.jsonl")[0]["kl"] > 0
-    own, theirs = load_tokenizer(cfg.model), load_tokenizer(cfg.teacher)
-    assert set(range(VOCAB)) - set(shared_vocabulary(own, theirs)) == {own.control["<|end|>"], own.control["<|assistant|>"]}
-    model, teacher = load_model(cfg.model), load_model(cfg.teacher)
-    record = read_jsonl(cfg.traces)[0]
-    batch = collate([encode_record(own, record)], "cpu")
-    keep, shared = batch.body > 0, torch.tensor(shared_vocabulary(own, theirs))
-    view = encode_record(own, record)
-    kl = distill.losses(model, batch, distill.in_memory(cfg, model, teacher, [view], shared, "cpu"), [0])[1]
-    z, s = (m.logits(m.hidden(batch.inputs)[keep]) for m in (teacher, model))
-    for i in (own.control["<|end|>"], VOCAB + 3):  # what the teacher gives to tokens that the student does not have changes nothing
-        z[:, i] = 50.0
-    p, q = z[:, shared].log_softmax(-1), s[:, shared].log_softmax(-1)
-    assert kl.item() == pytest.approx((p.exp() * (p - q)).sum().item(), rel=1e-5)
-
-
-def test_kl_from_a_cache(runs, tmp_path):
-    """With k = V the cache trains to the same adapter as the teacher in memory; a small k gives less KL; another tau is another cache."""
-    cfg = distill.Config(model=runs.ease.model, teacher=runs.phase1.teacher, out=str(tmp_path / "memory"), steps=3, batch_size=6, lr=1e-3,
-                         traces=str(runs.out / "phase1/traces.jsonl"), policies=runs.ease.policies, kl_temperature=2.0)
-    distill.main(cfg)
-    for k in (VOCAB, 4):
-        distill.main(replace(cfg, cache_topk=k, out=str(tmp_path / str(k))))
-    memory, full, few = ([row["kl"] for row in rows(tmp_path / name / "metrics.jsonl")] for name in ("memory", str(VOCAB), "4"))
-    assert full == pytest.approx(memory, rel=1e-4) and 0 < few[0] < 0.999 * memory[0]
-    a, b = (load_model(cfg.model, str(tmp_path / name / "adapter")) for name in ("memory", str(VOCAB)))
-    assert torch.allclose(a(torch.arange(9)[None]), b(torch.arange(9)[None]), atol=1e-3)
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other/teacher_topk.safetensors").write_bytes((tmp_path / "4/teacher_topk.safetensors").read_bytes())
-    with pytest.raises(UserError, match="was made with --kl_temperature 2.0 and --cache_topk 4; delete it"):
-        distill.main(replace(cfg, cache_topk=4, kl_temperature=1.0, out=str(tmp_path / "other")))
 
 
 def test_categories_from_the_teacher(runs, tmp_path, capsys):
