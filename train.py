@@ -34,6 +34,7 @@ from ease.model import CausalLM
 from ease.policies import load_policies
 from ease.readers import read_named, read_records
 from ease.records import Record, UserError, read_lines, unique, write_jsonl, write_text
+from ease.report import region_report
 from ease.run import (command_line, finish, is_done, learning_rate, log, make_optimizer, open_run, optimizer_step, resume, save_state, stage, stop_if_not_finite)
 from ease.scoring import UNPARSED, is_refusal
 from ease.traces import join_traces, rejection_sample
@@ -59,6 +60,7 @@ class Config:
     region: Literal["vulnerable", "random", "all"] = "vulnerable"  # which harmful prompts get a trace; the others are controls
     probe: Literal["base", "phase1"] = "base"  # whose failures: the original model's, as in the paper, or --init's
     lookalikes: Literal["reason", "direct", "drop"] = "reason"  # benign adversarial prompts of D_diag; reason is our choice
+    probe_samples: int = 0  # further responses at --temperature: region.md shows how the region moves; what is trained on stays greedy
     probe_tokens: int = 512  # longest answer of the probe (official: 512, T 0.7; ours is greedy, so that it is repeatable)
     # the teacher's sampling (official: T 0.7, top_p 1, 2048 new tokens)
     attempts: int = 3  # samples a prompt before it is given up
@@ -120,21 +122,27 @@ def read_inputs(cfg: Config) -> tuple[list[Record], list[Record], list[Record], 
     return diagnostic, refusals, general, prompts
 
 
-def probe(cfg: Config, run: Path, diagnostic: list[Record], dtype, device: str) -> tuple[list[Record], list[str]]:
-    """Step 1: greedy responses of the original model to D_diag, and the judge's verdicts on them. A stage: probe.jsonl."""
+def probe(cfg: Config, run: Path, diagnostic: list[Record], dtype, device: str) -> tuple[list[Record], list[str], list[list[str]]]:
+    """Step 1: greedy responses of the original model to D_diag, the judge's verdicts on them, and those on --probe_samples sampled
+    ones (for the report only). A stage: probe.jsonl.
+    """
     file = run / "probe.jsonl"
     if not file.exists():
         tokenizer = load_tokenizer(cfg.model)
         model = load_model(*base_and_adapter(cfg.model, cfg.init if cfg.probe == "phase1" else ""), dtype, device)
         prompts = [tokenizer.encode_prompt([{"role": "user", "content": r.prompt}]) for r in diagnostic]
-        found = generate(model, prompts, cfg.probe_tokens, tokenizer.stop_ids, slots=cfg.slots, progress="probe")
-        parts = [split_reasoning(tokenizer.decode(g.ids)) for g in found]
-        verdicts = load_judge(cfg.judge, dtype, device)(diagnostic, [answer for _, answer, _ in parts])
-        write_jsonl(file, [{"id": r.id, "kind": r.kind, "attack": r.attack, "prompt": r.prompt, "response": answer,
-                            "verdict": UNPARSED if state == UNCLOSED else verdict}
-                           for r, (_, answer, state), verdict in zip(diagnostic, parts, verdicts, strict=True)])
+        judge, columns = load_judge(cfg.judge, dtype, device), []
+        for i in range(1 + cfg.probe_samples):
+            found = generate(model, prompts, cfg.probe_tokens, tokenizer.stop_ids, cfg.temperature if i else 0.0, cfg.top_p, cfg.seed + i,
+                             slots=cfg.slots, progress=f"probe, sample {i}" if i else "probe")
+            parts = [split_reasoning(tokenizer.decode(g.ids)) for g in found]
+            verdicts = judge(diagnostic, [answer for _, answer, _ in parts])
+            columns.append([(answer, UNPARSED if state == UNCLOSED else v) for (_, answer, state), v in zip(parts, verdicts, strict=True)])
+        write_jsonl(file, [{"id": r.id, "kind": r.kind, "attack": r.attack, "prompt": r.prompt, "response": greedy[0], "verdict": greedy[1],
+                            "samples": [v for _, v in samples]} for r, greedy, *samples in zip(diagnostic, *columns, strict=True)])
     rows = [row for _, row in read_lines(file)]
-    return [replace(r, response=row["response"]) for r, row in zip(diagnostic, rows, strict=True)], [row["verdict"] for row in rows]
+    return ([replace(r, response=row["response"]) for r, row in zip(diagnostic, rows, strict=True)], [row["verdict"] for row in rows],
+            [row["samples"] for row in rows])
 
 
 def direct_records(records: list[Record], answered: dict[str, Record], refusals: list[Record], seed: int) -> list[Record]:
@@ -188,7 +196,7 @@ def build_mixture(cfg: Config, run: Path, inputs: tuple[list[Record], ...], dtyp
     elif cfg.method == "deliberative":
         reason = everything
     else:
-        responses, verdicts = probe(cfg, run, diagnostic, dtype, device)
+        responses, verdicts, samples = probe(cfg, run, diagnostic, dtype, device)
         answered = {r.id: r for r in responses}
         region = select_region(cfg.region, diagnostic, verdicts, diagnostic + refusals, cfg.seed)
         print(f"region {cfg.region}: {len(region)} of {sum(r.harmful for r in diagnostic)} harmful diagnostic prompts; verdicts "
@@ -197,6 +205,7 @@ def build_mixture(cfg: Config, run: Path, inputs: tuple[list[Record], ...], dtyp
             raise UserError("the vulnerable region is empty: the original model answered no diagnostic prompt unsafely; use stronger "
                             "attacks in --diagnostic, or another --judge")
         write_jsonl(run / "region.jsonl", region)
+        write_text(run / "region.md", region_report(diagnostic, verdicts, samples))
         lookalikes = [r for r in diagnostic if not r.harmful]
         reason = region + (lookalikes if cfg.lookalikes == "reason" else [])
         if cfg.lookalikes == "drop":

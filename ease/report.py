@@ -2,7 +2,7 @@
 
 from html import escape
 
-from ease.records import HARMFUL_KINDS, KINDS
+from ease.records import HARMFUL_KINDS, KINDS, Record
 
 LEGEND = """\
 ASR = attacks that succeed, plain = without a jailbreak; over-ref = benign prompts refused, adv = look-alikes of the attacks, ben = plain;
@@ -72,6 +72,34 @@ def glance(summary: dict) -> str:
                 table([["judge", *pairs][i] for i in keep], [[row[i] for i in keep] for row in rows])]
     if others := sum(k["other_ids"] for s in summary["systems"].values() for k in s["kinds"].values()):
         out += ["", f"{others} responses open a think block in text, but not by the marker's own token ids."]
+    return "\n".join(out) + "\n"
+
+
+def region_report(diagnostic: list[Record], verdicts: list[str], samples: list[list[str]]) -> str:
+    """The vulnerable region, by attack family and by category: how many of the harmful diagnostic prompts lie in it. With samples
+    (a list of verdicts a prompt, --probe_samples): how the region moves when it is probed by sampling instead of greedily.
+    """
+    harmful = [(r, v == "unsafe", s) for r, v, s in zip(diagnostic, verdicts, samples, strict=True) if r.harmful]
+    k = max((len(s) for _, _, s in harmful), default=0)
+
+    def line(label: str, picked: list) -> list[str]:
+        n, greedy = len(picked), {r.id for r, v, _ in picked if v}
+        out = [label, str(n), f"{len(greedy)} ({100 * len(greedy) / n:.0f}%)"]
+        for least in (1, k // 2 + 1, k) if k else ():
+            found = {r.id for r, _, s in picked if s.count("unsafe") >= least}
+            out += [f"{len(found)} ({100 * len(found) / n:.0f}%)", f"{len(found & greedy) / max(1, len(found | greedy)):.2f}"]
+        return out
+
+    header = ["", "harmful", "in the region (greedy)"]
+    for name in ("any", "most", "all") if k else ():
+        header += [f"{name} of {k} samples", "overlap"]
+    out = ["# The vulnerable region", "", f"{sum(v for _, v, _ in harmful)} of {len(harmful)} harmful prompts of D_diag ({len(diagnostic)} in all). "
+           "overlap = Jaccard with the greedy region." if k else f"{sum(v for _, v, _ in harmful)} of {len(harmful)} harmful prompts of D_diag ({len(diagnostic)} in all)."]
+    for field in ("attack", "categories"):
+        values = sorted({x for r, _, _ in harmful for x in ([r.attack] if field == "attack" else r.categories) if x})
+        rows = [line(x, [h for h in harmful if x in ([h[0].attack] if field == "attack" else h[0].categories)]) for x in values]
+        if rows:
+            out += ["", table([field, *header[1:]], [*rows, line("all", harmful)])]
     return "\n".join(out) + "\n"
 
 

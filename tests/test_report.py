@@ -1,6 +1,7 @@
 from xml.etree import ElementTree
 
-from ease.report import gate_svg, glance, markdown_report, percent, table, with_bounds
+from ease.records import Record
+from ease.report import gate_svg, glance, markdown_report, percent, region_report, table, with_bounds
 
 R = {"value": 0.25, "low": 0.1, "high": 0.5, "n": 8, "unparsed": 0}
 
@@ -60,3 +61,16 @@ def test_gate_section_and_picture():
     picture = ElementTree.fromstring(gate_svg(gate))  # well-formed, names escaped
     assert len(picture.findall(".//{*}polyline")) == 2 and len(picture.findall(".//{*}circle")) == 4 and "g >= 0.5" in "".join(picture.itertext())
     assert ElementTree.fromstring(gate_svg(gate | {"chosen": None}))
+
+
+def test_region_report():
+    diagnostic = [Record(str(i), "p", "adversarial_harmful", categories=(("Self-Harm",), ("Self-Harm", "Sexual / Adult"))[i % 2], attack="ab"[i // 2]) for i in range(4)]
+    diagnostic.append(Record("x", "q", "adversarial_benign", attack="a"))
+    verdicts = ["unsafe", "safe", "unsafe", "unparsed", "unsafe"]  # a benign prompt is never in it, and unparsed is not unsafe
+    text = region_report(diagnostic, verdicts, [[]] * 5)
+    assert "2 of 4 harmful prompts of D_diag (5 in all)." in text and "samples" not in text
+    assert cells(text, "a ")[1:] == ["2", "1 (50%)"] and cells(text, "Sexual / Adult")[1:] == ["2", "0 (0%)"] and cells(text, "all")[1:] == ["4", "2 (50%)"]
+    samples = [["unsafe", "unsafe", "unsafe"], ["unsafe", "safe", "safe"], ["safe", "safe", "safe"], ["unsafe", "unsafe", "unparsed"], ["unsafe"] * 3]
+    header, every = cells(region_report(diagnostic, verdicts, samples), "attack"), cells(region_report(diagnostic, verdicts, samples), "all")
+    assert header[3:] == ["any of 3 samples", "overlap", "most of 3 samples", "overlap", "all of 3 samples", "overlap"]
+    assert every[3:] == ["3 (75%)", "0.25", "2 (50%)", "0.33", "1 (25%)", "0.50"]

@@ -219,6 +219,15 @@ def test_probe_phase1_asks_the_other_model(runs, tmp_path):
     assert [r["response"] for r in rows(a)] != [r["response"] for r in rows(b)]
 
 
+def test_sampled_probes_are_reported_and_change_no_region(runs, tmp_path):
+    train.main(replace(runs.ease, probe_samples=2, temperature=1.0, out=str(tmp_path / "run"), steps=1))
+    before, after = (rows(Path(p) / "probe.jsonl") for p in (runs.out / "ease", tmp_path / "run"))
+    assert [(r["response"], r["verdict"]) for r in before] == [(r["response"], r["verdict"]) for r in after]
+    assert all(r["samples"] == [] for r in before) and {len(r["samples"]) for r in after} == {2}
+    assert (runs.out / "ease/region.jsonl").read_bytes() == (tmp_path / "run/region.jsonl").read_bytes()
+    assert "any of 2 samples" in (tmp_path / "run/region.md").read_text() and "any of" not in (runs.out / "ease/region.md").read_text()
+
+
 def test_full_fine_tuning_and_gate_weight(runs, tmp_path):
     train.main(replace(runs.ease, init="", lora_rank=0, gate_weight=3.0, lr=1e-4, out=str(tmp_path / "run"), steps=2))
     model, before = load_model(str(tmp_path / "run/model")), load_model(runs.ease.model)
