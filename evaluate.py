@@ -117,27 +117,31 @@ def score(rows: list[dict], judges: list[str], dtype, device: str) -> None:
             row["verdicts"][name] = verdict
 
 
-def training_of(adapter_or_model: str) -> tuple[dict, list[str]]:
-    """What a run folder says of its training, phase 1 included when it started there: ({steps, supervised_tokens}, prompts)."""
-    totals, prompts, where = {}, [], adapter_or_model
+def training_of(adapter_or_model: str) -> tuple[dict, list[Record]]:
+    """What a run folder says of its training, phase 1 included when it started there: ({steps, supervised_tokens}, records)."""
+    totals, records, where = {}, [], adapter_or_model
     while where and (run := Path(where).parent) and (run / "manifest.json").exists() and (run / "done").exists():
         done = json.loads((run / "done").read_text(encoding="utf-8"))
         totals = {k: totals.get(k, 0) + done[k] for k in ("steps", "supervised_tokens")}
-        prompts += [r.prompt for r in read_jsonl(run / "trained_on.jsonl")]
+        records += read_jsonl(run / "trained_on.jsonl")
         where = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["config"].get("init", "")
-    return totals, prompts
+    return totals, records
 
 
-def breakdown(by_system: dict[str, list[dict]], judge: str) -> dict:
-    """ASR of adversarial harmful rows by attack family and by source: {field: {part: {system: rate}}}."""
+def breakdown(by_system: dict[str, list[dict]], judge: str, trained_attacks: set[str]) -> dict:
+    """ASR of adversarial harmful rows by attack family, by whether any system was trained on the family, and by source:
+    {field: {part: {system: rate}}}.
+    """
+    def part(row: dict, field: str) -> str:
+        return row[field] if field != "trained on" else row["attack"] and ("families trained on" if row["attack"] in trained_attacks else "held-out families")
+
     out = {}
-    for field in ("attack", "source"):
-        first = next(iter(by_system.values()))
-        parts = sorted({r[field] for r in first if r["kind"] == "adversarial_harmful" and r[field]})
-        out[field] = {part: {name: rate([None if r["verdicts"][judge] == UNPARSED else r["verdicts"][judge] == UNSAFE for r in picked],
-                                        [r["group"] for r in picked]) for name, rows in by_system.items()
-                             if (picked := [r for r in rows if r["kind"] == "adversarial_harmful" and r[field] == part])}
-                      for part in parts}
+    for field in ("attack", "trained on", "source"):
+        rows = {name: [r for r in rows if r["kind"] == "adversarial_harmful" and part(r, field)] for name, rows in by_system.items()}
+        values = sorted({part(r, field) for r in next(iter(rows.values()))})
+        out[field] = {value: {name: rate([None if r["verdicts"][judge] == UNPARSED else r["verdicts"][judge] == UNSAFE for r in picked],
+                                         [r["group"] for r in picked])
+                              for name in rows if (picked := [r for r in rows[name] if part(r, field) == value])} for value in values}
     return out
 
 
@@ -211,13 +215,15 @@ def main(cfg: Config) -> None:
     decoding = f"greedy, at most {made['max_new_tokens']} new tokens" if not made["temperature"] else (
         f"T = {made['temperature']}, top_p = {made['top_p']}, at most {made['max_new_tokens']} new tokens")
     decoding += "" if made["gate_threshold"] is None else f", gate threshold {made['gate_threshold']:g}"
-    summary = {"systems": {}, "overhead_reduction": reductions(cfg, by_system), "breakdown": breakdown(by_system, judges[0]),
+    trained = {name: training_of(adapter or model) for name, (model, adapter) in systems.items()}
+    attacks = {r.attack for _, records in trained.values() for r in records}
+    summary = {"systems": {}, "overhead_reduction": reductions(cfg, by_system), "breakdown": breakdown(by_system, judges[0], attacks),
                "agreement": {other: agreement([r for rows in by_system.values() for r in rows], judges[0], other) for other in judges[1:]},
                "settings": {"judges": judges, "decoding": f"{decoding}, {manifest['dtype']}".replace("torch.", ""), "prompts": made["prompts"]}}
     for name, (model, adapter) in systems.items():
-        training, trained_on = training_of(adapter or model)
+        training, trained_on = trained[name]
         if trained_on:
-            training["overlap_exact"], training["overlap_near"] = overlap([r["prompt"] for r in by_system[name]], trained_on)
+            training["overlap_exact"], training["overlap_near"] = overlap([r["prompt"] for r in by_system[name]], [r.prompt for r in trained_on])
         summary["systems"][name] = {"model": model, "adapter": adapter, "training": training, "kinds": summarise(by_system[name])}
         if cfg.base_system:  # does the gate open for the vulnerable prompts?
             gates = {v: [r["gate"] for r in by_system[name] if r["vulnerable"] == v] for v in (True, False)}

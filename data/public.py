@@ -5,8 +5,8 @@
 
 train   phase1.jsonl (STAR-1 traces), diagnostic.jsonl (other STAR-1 questions and some tasks, each under every attack),
         refusals.jsonl (again other STAR-1 questions, plain, with a direct refusal), general.jsonl (tasks with their answers)
-test    xstest.jsonl (safe prompts), advbench.jsonl (plain), attacked.jsonl (the same under one attack each), tasks.jsonl (held out)
-        and lookalikes.jsonl (the same tasks under one attack each)
+test    xstest.jsonl (safe prompts), advbench.jsonl (plain), attacked.jsonl (the same under one attack each), attacked_new.jsonl (under
+        attacks that no training set has), tasks.jsonl (held out) and lookalikes.jsonl (the same tasks under one attack each)
 No question stands in two sets; attacked forms share the `group` of their plain form.
 """
 
@@ -33,6 +33,7 @@ class Config:
     seed_tasks: str  # self-instruct seed_tasks.jsonl, or another file of tasks with answers
     out: str  # where the sets go
     attacks: list[str] = ("prefix_injection", "refusal_suppression", "role_play")  # of the diagnostic set and of the test
+    held_out_attacks: list[str] = ("fiction", "few_shot")  # of the test alone
     phase1: int = 250  # STAR-1 rows for phase 1, held-out ones included
     questions: int = 200  # STAR-1 questions of the diagnostic set
     refusals: int = 200  # STAR-1 questions with a direct refusal
@@ -64,22 +65,25 @@ def build(cfg: Config) -> dict[str, list[Record]]:
     if cfg.lookalikes > len(tasks["rest"]):
         raise UserError(f"--lookalikes {cfg.lookalikes}: only {len(tasks['rest'])} tasks are not in the test")
 
-    def one_attack_each(records: list[Record]) -> list[Record]:
-        return [attack_record(r, cfg.attacks[i % len(cfg.attacks)], cfg.seed) for i, r in enumerate(records)]
+    def one_attack_each(records: list[Record], attacks: list[str]) -> list[Record]:
+        return [attack_record(r, attacks[i % len(attacks)], cfg.seed) for i, r in enumerate(records)]
 
     return {
         "phase1": star1["phase1"],
         "diagnostic": [attack_record(r, a, cfg.seed) for r in plain + tasks["rest"][: cfg.lookalikes] for a in cfg.attacks],
         "refusals": [replace(r, reasoning="", response=REFUSAL) for r in star1["refusals"]],
         "general": tasks["rest"],
-        "xstest": safe, "advbench": advbench, "attacked": one_attack_each(advbench),
-        "tasks": tasks["test"], "lookalikes": one_attack_each(tasks["test"]),
+        "xstest": safe, "advbench": advbench, "attacked": one_attack_each(advbench, cfg.attacks),
+        "attacked_new": one_attack_each(advbench, cfg.held_out_attacks),
+        "tasks": tasks["test"], "lookalikes": one_attack_each(tasks["test"], cfg.attacks),
     }
 
 
 def main(cfg: Config) -> None:
-    for name in cfg.attacks:
+    for name in [*cfg.attacks, *cfg.held_out_attacks]:
         check_attack(name)
+    if both := set(cfg.attacks) & set(cfg.held_out_attacks):
+        raise UserError(f"--held_out_attacks: {', '.join(sorted(both))} stands in --attacks too")
     out = Path(cfg.out)
     if out.exists():
         raise UserError(f"{out} exists; delete it to build it again")

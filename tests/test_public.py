@@ -35,21 +35,23 @@ def test_sets_are_disjoint_and_complete(files, tmp_path):
     public.main(cfg)
     sets = {f.stem: read_records(f) for f in (tmp_path / "sets").iterdir()}
     assert {name: len(rs) for name, rs in sets.items()} == {
-        "phase1": 8, "diagnostic": 3 * (6 + 3), "refusals": 7, "general": 7, "xstest": 5, "advbench": 4, "attacked": 4, "tasks": 5, "lookalikes": 5}
+        "phase1": 8, "diagnostic": 3 * (6 + 3), "refusals": 7, "general": 7, "xstest": 5, "advbench": 4, "attacked": 4, "attacked_new": 4, "tasks": 5, "lookalikes": 5}
     groups = {name: {r.request for r in rs} for name, rs in sets.items()}
     questions = {g for g in groups["diagnostic"] if g.startswith("s")}
     assert len(questions) == 6 and not questions & groups["phase1"] | groups["refusals"] & (questions | groups["phase1"])
     assert not groups["general"] & groups["tasks"] and groups["diagnostic"] - questions <= groups["general"]
-    assert groups["attacked"] == groups["advbench"] and groups["lookalikes"] == groups["tasks"]
+    assert groups["attacked"] == groups["attacked_new"] == groups["advbench"] and groups["lookalikes"] == groups["tasks"]
     assert all(r.reasoning for r in sets["phase1"]) and not any(r.reasoning for name, rs in sets.items() if name != "phase1" for r in rs)
     assert all(is_refusal(r.response) and r.kind == "harmful" for r in sets["refusals"]) and not any(r.harmful for r in sets["xstest"])
     assert {r.kind for r in sets["diagnostic"]} == {"adversarial_harmful", "adversarial_benign"} and {r.attack for r in sets["attacked"]} == set(cfg.attacks)
+    assert {r.attack for r in sets["attacked_new"]} == set(cfg.held_out_attacks) and not set(cfg.held_out_attacks) & {r.attack for r in sets["diagnostic"]}
     assert all(r.response for r in sets["general"] + sets["lookalikes"]) and not any(r.response for r in sets["diagnostic"] if r.harmful)
     assert public.build(cfg) == sets != public.build(config(files, "x", seed=1))
 
 
 @pytest.mark.parametrize("changes, message", [({"questions": 20}, "35 records are wanted.*there are 30"), ({"test_safe": 8}, "there are 7"),
-                                              ({"lookalikes": 8}, "only 7 tasks are not in the test"), ({"attacks": ["nope"]}, "unknown attack 'nope'")])
+                                              ({"lookalikes": 8}, "only 7 tasks are not in the test"), ({"attacks": ["nope"]}, "unknown attack 'nope'"),
+                                              ({"held_out_attacks": ["role_play", "rot13"]}, "role_play stands in --attacks too")])
 def test_mistakes(files, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         public.main(config(files, tmp_path / "sets", **changes))

@@ -129,6 +129,9 @@ def test_evaluation(runs, world):
     steps = {n: s["training"].get("steps") for n, s in summary["systems"].items()}
     assert steps == {"base": None, "phase1": 3, "refusal": 3, "deliberative": 3, "ease": 6}  # phase 1 counts for EASE
     assert summary["systems"]["ease"]["training"]["overlap_exact"] == 0  # no test prompt was trained on
+    families = {r.attack for r in read_jsonl(world.diagnostic)}
+    held_out = {r.attack for r in test if r.kind == "adversarial_harmful"} - families
+    assert set(summary["breakdown"]["trained on"]) == {"families trained on"} | ({"held-out families"} if held_out else set())
     assert "## ASR on adversarial harmful prompts, by attack" in (runs.out / "test/report.md").read_text()
 
 
