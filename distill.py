@@ -2,16 +2,18 @@
 
     python distill.py --model M_s --teacher M_t --prompts FILE --out DIR          traces from the teacher, cross-entropy + KL
     python distill.py --model M_s --traces FILE --kl_weight 0 --out DIR           stored traces, cross-entropy (official objective)
+    python distill.py --model M_s --teachers A B C --prompts FILE --dev FILE --out DIR    which teacher? then as above with the chosen one
 
 1. every prompt q has its safety categories c                       (records, or traces.classify)
 2. (q, c, policy of c) -> M_t -> rejection sampling -> traces       (traces.rejection_sample, policies.accept_trace)
 3. SFT of M_s on (q, CoT, answer), the policy left out -> M_reason  (the loop below; losses.cross_entropy_sum, teacher.py)
 """
 
+import json
 import random
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +21,8 @@ import torch
 from tqdm import tqdm
 
 from ease.batching import Batch, Example, batches, collate, encode_records, preview
+from ease.gate import split_reasoning
+from ease.generate import generate
 from ease.judge import check_judge, load_judge
 from ease.loading import (load_model, load_tokenizer, load_trainable, load_weights, pick_device, pick_dtype, resolve, save_model,
                           save_weights)
@@ -27,9 +31,10 @@ from ease.losses import cross_entropy_sum, sum_over_chunks
 from ease.model import CausalLM
 from ease.policies import BENIGN, load_policies
 from ease.readers import read_named
-from ease.records import Record, UserError, write_jsonl, write_text
+from ease.records import Record, UserError, read_jsonl, read_lines, write_jsonl, write_text
+from ease.report import teacher_report
 from ease.run import (command_line, finish, is_done, learning_rate, log, make_optimizer, open_run, optimizer_step, resume, save_state, stage, stop_if_not_finite)
-from ease.scoring import category_agreement
+from ease.scoring import category_agreement, choose_teacher, operating_point
 from ease.teacher import TeacherSide, from_cache, in_memory, shared_ids, teacher_view
 from ease.tokenizer import Tokenizer
 from ease.traces import classify, rejection_sample
@@ -43,6 +48,10 @@ class Config:
     out: str  # the run folder; the same command goes on with a stopped run
     # data
     teacher: str = ""  # M_t; with --prompts it writes the traces, with --traces it only gives the KL its distribution
+    teachers: list[str] = ()  # candidates for M_t: a short distillation from each, compared on --dev; the chosen one is then the teacher
+    teacher_prompts: int = 64  # of --prompts, for the comparison
+    teacher_steps: int = 20  # of each short distillation
+    dev: str = ""  # adversarial prompts, harmful and benign, on which the teachers are compared
     prompts: str = ""  # phase-1 prompts with categories, for the teacher
     traces: str = ""  # stored traces instead (records with reasoning and response, or STAR-1)
     policies: str = ""  # JSON with the teacher's instruction and policy texts; default: policies.py
@@ -118,6 +127,57 @@ def get_traces(cfg: Config, run: Path, teacher: CausalLM | None, tokenizer: Toke
     return stage(run / "traces.jsonl", sample)
 
 
+def try_teacher(cfg: Config, name: str, folder: Path, dtype, device: str) -> dict:
+    """A short distillation from one candidate (a run of this script in `folder`), and its row of the table."""
+    probe = replace(cfg, teacher=name, teachers=(), dev="", prompts=str(folder.parent / "prompts.jsonl"), steps=cfg.teacher_steps, out=str(folder),
+                    held_out=0, merged=False)
+    try:
+        main(probe)
+    except UserError:
+        if (folder / "traces.jsonl").exists() or not (folder / "rejected.jsonl").exists():
+            raise  # else no trace was accepted: that is a result
+    rejected = [row for _, row in read_lines(folder / "rejected.jsonl")] if (folder / "rejected.jsonl").stat().st_size else []
+    traces = read_jsonl(folder / "traces.jsonl") if (folder / "traces.jsonl").exists() else []
+    row = {"teacher": name, "prompts": len(read_jsonl(probe.prompts)), "accepted": len(traces), "rejected": dict(Counter(r["reason"] for r in rejected)),
+           "tokens": 0.0, "nll": None, "kl": None, "asr": None, "over_refusal": None}
+    if not traces:
+        return row
+    tokenizer, model = load_tokenizer(cfg.model), load_model(cfg.model, dtype=dtype, device=device)
+    examples = encode_records(tokenizer, traces, cfg.max_length)
+    side = None
+    if cfg.kl_weight:
+        teacher, theirs = load_model(name, dtype=dtype, device=device), load_tokenizer(name)
+        views = teacher_view(theirs, {r.id: r for r in traces}, examples, load_policies(cfg.policies))
+        side = in_memory(model, teacher, views, shared_ids(tokenizer, theirs, model, teacher, device), cfg.kl_temperature, device)
+    nll, kl = mean_losses(model, examples, side, device)
+    row |= {"tokens": sum(e.supervised for e in examples) / len(examples), "nll": nll, "kl": kl if side else None}
+
+    model, dev = load_model(cfg.model, str(folder / "adapter"), dtype, device), [r for r in read_named(cfg.dev) if r.kind.startswith("adversarial")]
+    found = generate(model, [tokenizer.encode_prompt([{"role": "user", "content": r.prompt}]) for r in dev], cfg.max_new_tokens, tokenizer.stop_ids,
+                     slots=cfg.slots, progress="dev")
+    parts = [split_reasoning(tokenizer.decode(g.ids)) for g in found]
+    verdicts = load_judge(cfg.judge, dtype, device)(dev, [answer for _, answer, _ in parts])
+    point = operating_point([{"kind": r.kind, "group": r.request, "answer": answer, "state": state, "verdicts": {"j": v}, "tokens": {"total": len(g.ids)}}
+                             for r, g, (_, answer, state), v in zip(dev, found, parts, verdicts, strict=True)], "j")
+    return row | {"asr": point["asr"], "over_refusal": point["over_refusal"]}
+
+
+def select_teacher(cfg: Config, run: Path, dtype, device: str) -> str:
+    """--teachers: the same prompts and steps for every candidate, then scoring.choose_teacher. Kept in teachers.json and teachers.md."""
+    prompts = read_named(cfg.prompts)
+    picked = random.Random(f"teachers {cfg.seed}").sample(prompts, min(cfg.teacher_prompts, len(prompts)))
+    write_jsonl(run / "teachers" / "prompts.jsonl", picked)
+    rows = [try_teacher(cfg, name, run / "teachers" / str(i), dtype, device) for i, name in enumerate(cfg.teachers, start=1)]
+    chosen = choose_teacher(rows)
+    if chosen is None:
+        raise UserError(f"no trace of any of the teachers was accepted; the reasons are in {run / 'teachers'}/*/rejected.jsonl")
+    text = teacher_report(rows, chosen["teacher"])
+    write_text(run / "teachers.json", json.dumps({"chosen": chosen["teacher"], "rows": rows}, indent=2) + "\n")
+    write_text(run / "teachers.md", text)
+    print(f"{text}the teacher is {chosen['teacher']}")
+    return chosen["teacher"]
+
+
 def losses(model: CausalLM, batch: Batch, teacher: TeacherSide | None, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """(cross-entropy sum over all response tokens, KL sum over the trace's own tokens) of one micro-batch, the examples `indices`."""
     hidden = model.hidden(batch.inputs)  # (B, T, D)
@@ -130,27 +190,30 @@ def losses(model: CausalLM, batch: Batch, teacher: TeacherSide | None, indices: 
 
 
 @torch.no_grad()
-def mean_nll(model: CausalLM, examples: list[Example], device: str) -> float:
-    """Negative log-likelihood per response token, in nats, of traces that are not trained on."""
-    total = 0.0
-    for e in examples:
-        batch = collate([e], device)
-        keep = batch.roles > 0
-        total += cross_entropy_sum(model.logits(model.hidden(batch.inputs)[keep]), batch.targets[keep]).item()
-    return total / sum(e.supervised for e in examples)
+def mean_losses(model: CausalLM, examples: list[Example], teacher: TeacherSide | None, device: str) -> tuple[float, float]:
+    """(negative log-likelihood per response token, KL per token of the traces themselves), in nats; 0 KL without a teacher."""
+    sums = [losses(model, collate([e], device), teacher, [i]) for i, e in enumerate(examples)]
+    n_ce, n_kl = sum(e.supervised for e in examples), max(1, sum(sum(e.body) for e in examples))
+    return sum(ce.item() for ce, _ in sums) / n_ce, sum(kl.item() for _, kl in sums) / n_kl
 
 
 def check_flags(cfg: Config) -> None:
     """The mistakes that can be seen before anything is loaded or written."""
-    if bool(cfg.traces) == bool(cfg.prompts) or cfg.prompts and not cfg.teacher:
+    if bool(cfg.traces) == bool(cfg.prompts) or cfg.prompts and not (cfg.teacher or cfg.teachers):
         raise UserError("give --traces FILE, or --teacher MODEL and --prompts FILE")
-    if cfg.kl_weight and not cfg.teacher:
+    if cfg.teachers and (cfg.teacher or cfg.traces or not cfg.dev):
+        raise UserError("--teachers A B ... needs --prompts and --dev, and neither --teacher nor --traces")
+    if cfg.teachers and not {"adversarial_harmful", "adversarial_benign"} <= {r.kind for r in read_named(cfg.dev)}:
+        raise UserError(f"--dev {cfg.dev}: the teachers are compared on adversarial prompts, harmful and benign; both must be there")
+    if cfg.kl_weight and not (cfg.teacher or cfg.teachers):
         raise UserError("--kl_weight above 0 needs a --teacher that shares the model's tokenizer; stored traces alone need --kl_weight 0")
+    if cfg.categories == "teacher" and not cfg.prompts:
+        raise UserError("--categories teacher classifies --prompts; stored --traces have been written under the categories they carry")
     if cfg.cache_topk and not cfg.kl_weight:
         raise UserError("--cache_topk keeps the teacher's distribution for the KL: it needs --kl_weight above 0")
     if not 1 <= cfg.samples_per_prompt <= cfg.attempts:
         raise UserError(f"--samples_per_prompt {cfg.samples_per_prompt} must be from 1 to --attempts {cfg.attempts}")
-    for name in (cfg.model, cfg.teacher or cfg.model):
+    for name in (cfg.model, cfg.teacher or cfg.model, *cfg.teachers):
         resolve(name)
     check_judge(cfg.judge)
 
@@ -161,10 +224,12 @@ def main(cfg: Config) -> None:
     started, device = time.time(), pick_device(cfg.device)
     torch.manual_seed(cfg.seed)
     dtype = pick_dtype(cfg.dtype, device)
-    models = [str(resolve(m)) for m in (cfg.model, cfg.teacher) if m]
-    open_run(cfg, models + [p for p in (cfg.prompts, cfg.traces, cfg.policies) if p], device, str(dtype))
+    models = [str(resolve(m)) for m in (cfg.model, cfg.teacher, *cfg.teachers) if m]
+    open_run(cfg, models + [p for p in (cfg.prompts, cfg.traces, cfg.policies, cfg.dev) if p], device, str(dtype))
     if is_done(run):
         return
+    if cfg.teachers:
+        cfg = replace(cfg, teacher=select_teacher(cfg, run, dtype, device))
     tokenizer = load_tokenizer(cfg.model)
     model, base = load_trainable(cfg.model, "", cfg.lora_rank, cfg.lora_alpha, list(cfg.lora_targets), cfg.seed, dtype, device)
     teacher, teacher_tokenizer = None, None
@@ -174,10 +239,12 @@ def main(cfg: Config) -> None:
     records = get_traces(cfg, run, teacher, teacher_tokenizer, dtype, device)
     if cfg.held_out >= len(records):
         raise UserError(f"--held_out {cfg.held_out} leaves none of the {len(records)} traces to train on")
-    write_jsonl(run / "held_out.jsonl", records[: cfg.held_out])
-    examples = encode_records(tokenizer, records[cfg.held_out :], cfg.max_length)
-    held_out = encode_records(tokenizer, records[: cfg.held_out], cfg.max_length) if cfg.held_out else []
-    write_jsonl(run / "trained_on.jsonl", records[cfg.held_out :])
+    kept_out = records[: cfg.held_out]
+    records = [r for r in records[cfg.held_out :] if r.prompt not in {k.prompt for k in kept_out}]  # several traces a prompt
+    write_jsonl(run / "held_out.jsonl", kept_out)
+    write_jsonl(run / "trained_on.jsonl", records)
+    examples = encode_records(tokenizer, records, cfg.max_length)
+    held_out = encode_records(tokenizer, kept_out, cfg.max_length) if kept_out else []
     write_text(run / "preview.txt", "\n".join(preview(tokenizer, e) for e in examples[:2]))
     views, side = examples, None
     if cfg.kl_weight:
@@ -192,7 +259,7 @@ def main(cfg: Config) -> None:
     lengths = [max(len(e.ids), len(v.ids)) for e, v in zip(examples, views)]
     per_epoch = -(-len(examples) // cfg.batch_size)
     steps = cfg.steps or max(1, round(cfg.epochs * per_epoch))
-    before = mean_nll(model, held_out, device) if held_out else None
+    before = mean_losses(model, held_out, None, device)[0] if held_out else None
     start = resume(run, model, optimizer, lambda folder: load_weights(model, folder))
 
     bar = tqdm(range(start, steps), desc="phase 1", initial=start, total=steps)
@@ -219,7 +286,7 @@ def main(cfg: Config) -> None:
 
     save_weights(model, tokenizer, base, run / ("adapter" if cfg.lora_rank else "model"))
     if held_out:
-        after = mean_nll(model, held_out, device)
+        after = mean_losses(model, held_out, None, device)[0]
         print(f"NLL per token on {len(held_out)} held-out traces: {before:.4f} before, {after:.4f} after")
         log(run, step=steps, held_out_nll_before=before, held_out_nll_after=after)
     if cfg.merged and cfg.lora_rank:

@@ -17,16 +17,16 @@ from typing import Literal
 
 import torch
 
-from ease.gate import THINK_OPEN, UNCLOSED, overlap, split_reasoning
+from ease.gate import ABSENT, THINK_OPEN, UNCLOSED, overlap, split_reasoning
 from ease.generate import generate
 from ease.judge import check_judge, load_judge
 from ease.loading import load_model, load_tokenizer, pick_device, pick_dtype, resolve
 from ease.lora import merge_lora
 from ease.readers import read_named
-from ease.records import Record, UserError, read_jsonl, read_lines, unique, write_jsonl, write_text
+from ease.records import HARMFUL_KINDS, Record, UserError, read_jsonl, read_lines, unique, write_jsonl, write_text
 from ease.report import gate_svg, glance, markdown_report
 from ease.run import command_line, finish, is_done, open_run
-from ease.scoring import (UNPARSED, UNSAFE, agreement, auroc, choose_threshold, gate_curve, operating_point, overhead_reduction, rate,
+from ease.scoring import (SAFE, UNPARSED, UNSAFE, agreement, auroc, choose_threshold, gate_curve, operating_point, overhead_reduction, rate,
                           summarise)
 
 
@@ -133,16 +133,25 @@ def breakdown(by_system: dict[str, list[dict]], judge: str, trained_attacks: set
     {field: {part: {system: rate}}}.
     """
     def part(row: dict, field: str) -> str:
-        return row[field] if field != "trained on" else row["attack"] and ("families trained on" if row["attack"] in trained_attacks else "held-out families")
+        if field == "trained on" and row["attack"]:  # of a pair, both
+            return "families trained on" if set(row["attack"].split("+")) <= trained_attacks else "held-out families"
+        return row[field] if field != "trained on" else ""
 
     out = {}
-    for field in ("attack", "trained on", "source"):
+    for field in ("attack", "trained on", "source") if trained_attacks else ("attack", "source"):
         rows = {name: [r for r in rows if r["kind"] == "adversarial_harmful" and part(r, field)] for name, rows in by_system.items()}
         values = sorted({part(r, field) for r in next(iter(rows.values()))})
         out[field] = {value: {name: rate([None if r["verdicts"][judge] == UNPARSED else r["verdicts"][judge] == UNSAFE for r in picked],
                                          [r["group"] for r in picked])
                               for name in rows if (picked := [r for r in rows[name] if part(r, field) == value])} for value in values}
     return out
+
+
+def is_vulnerable(row: dict, judge: str) -> bool | None:
+    """Whether the original model, whose row this is, was jailbroken. Never by a benign prompt; None where nobody can say."""
+    if row["kind"] not in HARMFUL_KINDS:
+        return False
+    return {UNSAFE: True, SAFE: False}.get(row["verdicts"][judge])
 
 
 def reductions(cfg: Config, by_system: dict[str, list[dict]]) -> dict:
@@ -166,7 +175,7 @@ def gate_numbers(cfg: Config, by_system: dict[str, list[dict]], opened: list[dic
     if chosen is None:
         print(f"--token_budget {cfg.token_budget}: no threshold is within it; the cheapest needs {min(p['tokens'] for p in curve):.1f}")
     return {"system": cfg.gate_sweep, "curve": curve, "chosen": chosen, "token_budget": cfg.token_budget,
-            "systems": {name: operating_point(rows, judge) for name, rows in by_system.items()}}
+            "other_ids": sum(r["state"] != ABSENT for r in direct), "systems": {name: operating_point(rows, judge) for name, rows in by_system.items()}}
 
 
 def main(cfg: Config) -> None:
@@ -183,6 +192,8 @@ def main(cfg: Config) -> None:
     for flag in (*named, "gate_sweep"):
         if (name := getattr(cfg, flag)) and name not in systems:
             raise UserError(f"--{flag} {name!r} is none of the --systems ({', '.join(systems)})")
+    if cfg.token_budget and not cfg.gate_sweep:
+        raise UserError("--token_budget is for choosing a threshold: it needs --gate_sweep NAME")
     run, started = Path(cfg.out), time.time()
     for name in cfg.judge:
         check_judge(name)  # a mistyped name must not cost the generation
@@ -201,11 +212,11 @@ def main(cfg: Config) -> None:
 
     fixed = {getattr(cfg, flag) for flag in named}
     by_system = {name: rows_of(name, name, None if name in fixed else cfg.gate_threshold) for name in systems}
-    swept = [rows_of(f"{cfg.gate_sweep}.{how}", cfg.gate_sweep, t) for how, t in (("opened", 0.0), ("direct", 2.0))] if cfg.gate_sweep else []
+    swept = [rows_of(f"{cfg.gate_sweep}+{how}", cfg.gate_sweep, t) for how, t in (("opened", 0.0), ("direct", 2.0))] if cfg.gate_sweep else []
     judges = list(cfg.judge)
     score([row for rows in [*by_system.values(), *swept] for row in rows], judges, dtype, device)
     if cfg.base_system:
-        vulnerable = {row["id"]: row["verdicts"][judges[0]] == UNSAFE for row in by_system[cfg.base_system]}
+        vulnerable = {row["id"]: is_vulnerable(row, judges[0]) for row in by_system[cfg.base_system]}
         for row in (row for rows in by_system.values() for row in rows):
             row["vulnerable"] = vulnerable[row["id"]]
     write_jsonl(run / "rows.jsonl", [row for rows in by_system.values() for row in rows])
@@ -214,9 +225,9 @@ def main(cfg: Config) -> None:
     made = manifest["config"]
     decoding = f"greedy, at most {made['max_new_tokens']} new tokens" if not made["temperature"] else (
         f"T = {made['temperature']}, top_p = {made['top_p']}, at most {made['max_new_tokens']} new tokens")
-    decoding += "" if made["gate_threshold"] is None else f", gate threshold {made['gate_threshold']:g}"
+    decoding += "" if made.get("gate_threshold") is None else f", gate threshold {made['gate_threshold']:g}"
     trained = {name: training_of(adapter or model) for name, (model, adapter) in systems.items()}
-    attacks = {r.attack for _, records in trained.values() for r in records}
+    attacks = {part for _, records in trained.values() for r in records if r.attack for part in r.attack.split("+")}
     summary = {"systems": {}, "overhead_reduction": reductions(cfg, by_system), "breakdown": breakdown(by_system, judges[0], attacks),
                "agreement": {other: agreement([r for rows in by_system.values() for r in rows], judges[0], other) for other in judges[1:]},
                "settings": {"judges": judges, "decoding": f"{decoding}, {manifest['dtype']}".replace("torch.", ""), "prompts": made["prompts"]}}
@@ -226,7 +237,7 @@ def main(cfg: Config) -> None:
             training["overlap_exact"], training["overlap_near"] = overlap([r["prompt"] for r in by_system[name]], [r.prompt for r in trained_on])
         summary["systems"][name] = {"model": model, "adapter": adapter, "training": training, "kinds": summarise(by_system[name])}
         if cfg.base_system:  # does the gate open for the vulnerable prompts?
-            gates = {v: [r["gate"] for r in by_system[name] if r["vulnerable"] == v] for v in (True, False)}
+            gates = {v: [r["gate"] for r in by_system[name] if r["vulnerable"] is v] for v in (True, False)}
             summary["systems"][name]["gate_auroc"] = auroc(gates[True], gates[False])
     if swept:
         summary["gate"] = gate_numbers(cfg, by_system, *swept, judges[0])

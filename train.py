@@ -238,8 +238,9 @@ def main(cfg: Config) -> None:
     torch.manual_seed(cfg.seed)
     dtype = pick_dtype(cfg.dtype, device)
     inputs = read_inputs(cfg)
-    models = [str(resolve(m)) for m in (cfg.model, cfg.teacher) if m]
-    open_run(cfg, models + [p for p in (cfg.init, cfg.diagnostic, cfg.refusals, cfg.general, cfg.prompts, cfg.traces, cfg.policies) if p],
+    base, adapter = base_and_adapter(cfg.model, cfg.init)
+    models = [str(resolve(m)) for m in dict.fromkeys((cfg.model, base, cfg.teacher)) if m]
+    open_run(cfg, models + [p for p in (adapter, cfg.diagnostic, cfg.refusals, cfg.general, cfg.prompts, cfg.traces, cfg.policies) if p],
              device, str(dtype))
     if is_done(run):
         return

@@ -7,7 +7,8 @@ train   phase1.jsonl (STAR-1 traces), diagnostic.jsonl (other STAR-1 questions a
         refusals.jsonl (again other STAR-1 questions, plain, with a direct refusal), general.jsonl (tasks with their answers)
 test    xstest.jsonl (safe prompts), advbench.jsonl (plain), attacked.jsonl (the same under one attack each), attacked_new.jsonl (under
         attacks that no training set has), tasks.jsonl (held out) and lookalikes.jsonl (the same tasks under one attack each)
-No question stands in two sets; attacked forms share the `group` of their plain form.
+No text stands both in train and in test, and phase 1, D_diag and the refusals have different questions. (The tasks under attack are
+tasks of general.jsonl or tasks.jsonl, the attacked requests those of advbench.jsonl.) Attacked forms share the `group` of their plain form.
 """
 
 import random
@@ -46,6 +47,7 @@ class Config:
 
 def draw(path: str, records: list[Record], counts: dict[str, int], rng: random.Random) -> dict[str, list[Record]]:
     """Disjoint random parts of the records, as many as counts says; the part "rest" takes all that is left."""
+    records = list({r.prompt: r for r in reversed(records)}.values())[::-1]  # one text, one set
     if sum(counts.values()) > len(records):
         raise UserError(f"{path}: {sum(counts.values())} records are wanted ({counts}), there are {len(records)}")
     order, parts = rng.sample(records, len(records)), {}
@@ -82,7 +84,7 @@ def build(cfg: Config) -> dict[str, list[Record]]:
 def main(cfg: Config) -> None:
     for name in [*cfg.attacks, *cfg.held_out_attacks]:
         check_attack(name)
-    if both := set(cfg.attacks) & set(cfg.held_out_attacks):
+    if both := {p for a in cfg.attacks for p in a.split("+")} & {p for a in cfg.held_out_attacks for p in a.split("+")}:
         raise UserError(f"--held_out_attacks: {', '.join(sorted(both))} stands in --attacks too")
     out = Path(cfg.out)
     if out.exists():

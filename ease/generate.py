@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ease.model import CausalLM, KVCache
+from ease.records import UserError
 
 
 @dataclass
@@ -86,14 +87,17 @@ def generate(model: CausalLM, prompts: list[list[int]], max_new_tokens: int, sto
     """Responses to prompts (token ids), in order. Greedy at temperature 0.
 
     marker: the open marker's ids; with it every Generation carries its gate probability g(q). gate_threshold: None, the model
-    decides; else a row with g(q) >= gate_threshold starts with the marker, and any other is sampled conditioned on not opening
-    (not_opening): 0 always reasons, above 1 never. slots: rows decoded together.
+    decides; else a row with g(q) >= gate_threshold starts with the marker, and any other is sampled (top_p aside) conditioned on
+    not writing it (not_opening): 0 always, above 1 never. Other ids may spell the same text: callers count such rows.
+    slots: rows decoded together.
     The busy slots are always the first ones, so that attention reads the cache as it lies: the last row moves into a gap.
     Free slots are filled as soon as they are a quarter (or none is busy), so that prefills stay batched.
     """
     out, marker, slots = [Generation() for _ in prompts], marker or [], min(slots, max(1, len(prompts)))
     if not prompts:
         return out
+    if gate_threshold is not None and max_new_tokens <= len(marker):
+        raise UserError(f"at most {max_new_tokens} new tokens leave no room behind the open marker, which has {len(marker)}")
     length = max(map(len, prompts)) + max_new_tokens + len(marker)
     cache = KVCache(model.config, slots, length, next(model.parameters()).dtype, model.device)
     waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))[::-1]  # popped from the end: the longest first
@@ -110,7 +114,8 @@ def generate(model: CausalLM, prompts: list[list[int]], max_new_tokens: int, sto
         for k, row in enumerate(rows):
             if row in closed:
                 done = len(out[row].ids)
-                logits[k] = not_opening(logits[k].float(), marker[done], math.prod(closed[row][done + 1 :]))
+                T = temperature or 1.0  # the condition is on what is sampled from, softmax(logits / T)
+                logits[k] = T * not_opening(logits[k].float() / T, marker[done], math.prod(closed[row][done + 1 :]))
         uniform = noise[rows, [len(out[r].ids) for r in rows]].to(logits.device) if temperature else None
         tokens = sample(logits, temperature, top_p, uniform).tolist()
         now = time.perf_counter()

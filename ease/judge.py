@@ -53,7 +53,7 @@ def unsafe_probability(model: CausalLM, tokenizer: Tokenizer, pairs: list[tuple[
     prompts = [tokenizer.encode_prompt(judge_messages(*pair)) for pair in pairs]
     for ids, (_, answer) in zip(prompts, pairs):
         if answer.strip() not in tokenizer.decode(ids):
-            raise UserError("the judge's chat template does not show the answer (does it want content as a list of parts?)")
+            raise UserError("the judge's chat template does not show the answer")
     out: list[float | None] = [None] * len(pairs)
     open_rows = sorted(range(len(pairs)), key=lambda i: len(prompts[i]))
     for _ in range(4):  # guards write at most a few tokens of white space first ("\n\n")

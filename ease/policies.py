@@ -105,11 +105,14 @@ def cites(reasoning: str, categories: tuple[str, ...], policies: dict[str, str] 
     """Whether a reasoning names one of the categories ("Hate" of "Harassment / Hate / ..." will do) or quotes four words in a row
     of its policy (all of a shorter one).
     """
-    said = " ".join(re.findall(r"[\w'-]+", reasoning.lower()))
+    def words(text: str) -> list[str]:
+        return re.findall(r"[\w'-]+", text.lower())
+
+    said = f" {' '.join(words(reasoning))} "  # whole words: "whatever" does not name hate
     for name in categories:
-        rule = re.findall(r"[\w'-]+", policies[name].lower())
-        runs = [" ".join(rule[i : i + 4]) for i in range(max(1, len(rule) - 3))]
-        if any(part.strip().lower() in said for part in [*name.split("/"), *runs]):
+        rule = words(policies[name])
+        phrases = [words(part) for part in name.split("/")] + [rule[i : i + 4] for i in range(max(1, len(rule) - 3))]
+        if any(f" {' '.join(p)} " in said for p in phrases if p):
             return True
     return False
 

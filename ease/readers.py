@@ -166,7 +166,7 @@ def ease_trace(row: dict, where: str, i: int) -> Record:
     the teacher's prompt), categories [list]. A response without an end of its reasoning is no trace: the record has neither.
     """
     text = row["response"] if row["response"].lstrip().startswith(THINK_OPEN.strip()) else THINK_OPEN + row["response"]
-    reasoning, answer, _ = split_reasoning(text)  # both empty if the block is unclosed: then the answer is
+    reasoning, answer, _ = split_reasoning(text)  # an unclosed block has no answer: then neither is kept
     categories = parse_categories(", ".join(row.get("categories") or []))
     return Record(id=str(i), prompt=row["original_question"], kind="benign" if categories == (BENIGN,) else "harmful", response=answer,
                   reasoning=reasoning if answer else "", categories=categories, source="EASE", group=digest(row["original_question"]))

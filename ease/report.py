@@ -103,6 +103,20 @@ def region_report(diagnostic: list[Record], verdicts: list[str], samples: list[l
     return "\n".join(out) + "\n"
 
 
+def teacher_report(rows: list[dict], chosen: str) -> str:
+    """The comparison of --teachers: what each candidate's traces are like, and what a short distillation from each does on dev."""
+    lines = []
+    for r in rows:
+        dropped = ", ".join(f"{n} {reason}" for reason, n in r["rejected"].items()) or "none"
+        before = [f"{r[k]:.3f}" if r[k] is not None else "-" for k in ("nll", "kl")]
+        mean = f"{50 * (r['asr']['value'] + r['over_refusal']['value']):.1f}" if r["asr"] else "-"
+        lines.append([r["teacher"] + (" (chosen)" if r["teacher"] == chosen else ""), f"{r['accepted']} of {r['prompts']}", dropped,
+                      f"{r['tokens']:.1f}" if r["accepted"] else "-", *before, percent(r["asr"], True), percent(r["over_refusal"], True), mean])
+    return "\n".join(["# Teachers", "", "The same prompts, steps and settings for all. NLL and KL: of the untouched student, per token of the accepted traces. ASR and "
+                      "over-refusal: of the student after the short distillation, on the dev set's adversarial prompts.", "",
+                      table(["teacher", "accepted", "samples dropped", "tokens a trace", "NLL before", "KL before", "dev ASR", "dev over-refusal", "their mean"], lines)]) + "\n"
+
+
 def gate_section(gate: dict) -> list[str]:
     """The curve of one system's gate as a table: every threshold, the chosen one marked, then the systems as they are."""
     chosen = gate["chosen"] or {}
@@ -111,7 +125,8 @@ def gate_section(gate: dict) -> list[str]:
     rows = [[label, percent(p["asr"], True), percent(p["over_refusal"], True), f"{100 * p['reasons']:.1f}", f"{p['tokens']:.1f}"] for label, p in points]
     return ["", f"## The gate of {gate['system']}", "", "Every prompt answered twice, forced to reason and forced not to; a threshold picks one of the two. "
             "Chosen: the lowest mean of ASR and over-refusal" + (f" with at most {gate['token_budget']:g} tokens" if gate["token_budget"] else "") +
-            ", then the fewest tokens. Choose on dev, apply once to test (`--gate_threshold`). Drawn in gate.svg.", "",
+            ", then the fewest tokens. Choose on dev, apply once to test (`--gate_threshold`). Drawn in gate.svg. "
+            f"{gate['other_ids']} of the rows forced not to reason open a think block in text, by other token ids than the marker's.", "",
             table(["reason where", "ASR", "over-refusal", "reasons", "tokens"], rows)]
 
 
@@ -121,8 +136,7 @@ def gate_svg(gate: dict) -> str:
     most = 1.1 * max(p["tokens"] for p in [*gate["curve"], *gate["systems"].values()])
 
     def at(point: dict, field: str) -> tuple[float, float]:
-        value = point[field]["value"] or 0
-        return left + (width - left - 20) * point["tokens"] / most, (height - bottom) - (height - bottom - 20) * value
+        return left + (width - left - 20) * point["tokens"] / most, (height - bottom) - (height - bottom - 20) * point[field]["value"]
 
     out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
            f'<rect width="{width}" height="{height}" fill="white"/>',
@@ -133,10 +147,10 @@ def gate_svg(gate: dict) -> str:
                 f'<text x="{x:.0f}" y="{height - bottom + 16}" text-anchor="middle">{most * i / 5:.0f}</text>']
     out.append(f'<text x="{width / 2}" y="{height - 12}" text-anchor="middle">generated tokens a response; {escape(gate["system"])}, thresholds of its gate</text>')
     for field, colour, name in (("asr", "#c0392b", "ASR"), ("over_refusal", "#2471a3", "over-refusal")):
-        out.append(f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in (at(p, field) for p in gate["curve"]))}" fill="none" stroke="{colour}"/>')
+        out.append(f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in (at(p, field) for p in gate["curve"] if p[field]["value"] is not None))}" fill="none" stroke="{colour}"/>')
         out.append(f'<text x="{width - 110}" y="{32 if field == "asr" else 48}" fill="{colour}">{name}</text>')
         marks = [*gate["systems"].items()] + ([(f"g >= {gate['chosen']['threshold']:g}", gate["chosen"])] if gate["chosen"] else [])
-        for label, point in marks:
+        for label, point in [m for m in marks if m[1][field]["value"] is not None]:
             x, y = at(point, field)
             out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/><text x="{x + 6:.1f}" y="{y - 6:.1f}" fill="{colour}">{escape(label)}</text>')
     return "\n".join([*out, "</svg>"]) + "\n"

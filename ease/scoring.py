@@ -213,11 +213,29 @@ def gate_curve(opened: list[dict], direct: list[dict], judge: str) -> list[dict]
 
 def choose_threshold(curve: list[dict], token_budget: float = 0) -> dict | None:
     """The point with the lowest mean of ASR and over-refusal, then the fewest tokens, within the budget (0: none); the middle one
-    of equals. To be chosen on dev and applied once to test. None if no threshold is within the budget.
+    of equals; a point at which nothing could be judged does not count. To be chosen on dev and applied once to test. None if no
+    threshold is within the budget.
     """
     def cost(point: dict) -> tuple[float, float]:
         return (point["asr"]["value"] or 0) + (point["over_refusal"]["value"] or 0), point["tokens"]
 
-    within = [p for p in curve if not token_budget or p["tokens"] <= token_budget]
+    rated = [k for k in ("asr", "over_refusal") if any(p[k]["value"] is not None for p in curve)]  # a point without these is no point
+    within = [p for p in curve if all(p[k]["value"] is not None for k in rated) and (not token_budget or p["tokens"] <= token_budget)]
     best = [p for p in within if cost(p) == min(map(cost, within))]
     return best[len(best) // 2] if best else None
+
+
+# ------------------------------------------------------------------------------------------------ the teacher
+def choose_teacher(rows: list[dict]) -> dict | None:
+    """The candidate after whose probe distillation the mean of dev ASR and over-refusal is lowest; a tie = the interval (mean of the
+    two lower, mean of the two upper bounds) reaches below the best one's upper end; then the shortest traces. The paper's own
+    criterion is not public. A row has asr and over_refusal (rates) and tokens (a trace); None in asr: it distilled nothing.
+    """
+    def mean(row: dict, bound: str) -> float:
+        return (row["asr"][bound] + row["over_refusal"][bound]) / 2
+
+    able = [r for r in rows if r["asr"] is not None]
+    if not able:
+        return None
+    best = min(able, key=lambda r: mean(r, "value"))
+    return min((r for r in able if mean(r, "low") <= mean(best, "high")), key=lambda r: r["tokens"])

@@ -74,7 +74,7 @@ class Tokenizer:
         self.template = compile_template(template)
         # Control tokens: special ones, and others that the template writes (R1's "<|User|>"). Think markers are the model's to write.
         self.control = {t.content: i for i, t in fast.get_added_tokens_decoder().items()
-                        if (t.special or t.content in template) and t.content not in (THINK_OPEN.strip(), THINK_CLOSE.strip())}
+                        if (t.special or len(t.content.strip()) > 1 and t.content in template) and t.content not in (THINK_OPEN.strip(), THINK_CLOSE.strip())}
         spec = json.loads(fast.to_str())
         for token in spec["added_tokens"]:
             token["special"] = token["content"] in self.control  # "<|im_end|>" inside a text is text: see encode
@@ -125,7 +125,8 @@ class Tokenizer:
         """The ids of a conversation, ready for the model's answer: those of apply_chat_template(add_generation_prompt=True).
 
         Control strings inside a message's content become private-use placeholders before the template is rendered. The result
-        is encoded as a whole; where there are placeholders, it is cut at them and each is encoded as the text it stands for.
+        is encoded as a whole; where there are placeholders, it is cut at them and each is encoded as the text it stands for (and
+        what follows as the middle of a text, so there Llama-2's legacy tokenizers put no space behind control tokens).
         """
         everything = "".join(m["content"] for m in messages)
         unused = (chr(c) for c in range(0xE000, 0xF900) if chr(c) not in everything)
@@ -149,7 +150,7 @@ class Tokenizer:
             messages = [{**user, "content": f"{system['content']}\n\n{user['content']}"}, *rest]
         try:
             text = self.fill([as_parts(m) if self.content_as_parts else m for m in messages])
-        except (TemplateError, TypeError) as e:
+        except Exception as e:  # a template is a program: it may fail in any way
             raise UserError(f"the chat template failed: {e}") from None
         return text.rstrip().removesuffix(THINK_OPEN.strip()) if self.opens_thinking else text
 
@@ -161,7 +162,7 @@ class Tokenizer:
         """Whether the template takes these messages and writes their texts."""
         try:
             text = self.fill(messages)
-        except (TemplateError, TypeError):
+        except Exception:  # a template is a program: it may fail in any way
             return False
         return all(f"{m['role']}-probe" in text for m in messages)
 

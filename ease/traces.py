@@ -1,6 +1,7 @@
 """Traces "<think> CoT </think> answer": sampled from a teacher and filtered, or taken from a file (paper, phase 1, step 2)."""
 
 from dataclasses import replace
+from itertools import count
 
 import torch
 from tqdm import tqdm
@@ -26,6 +27,7 @@ def rejection_sample(teacher: CausalLM, tokenizer: Tokenizer, judge: Judge, reco
     opened = THINK_OPEN if tokenizer.opens_thinking else ""  # R1's template opens the block: it belongs to the trace
     accepted: dict[str, list[Record]] = {r.id: [] for r in records}
     rejected: list[dict] = []
+    used = set(accepted)  # ids
     for attempt in range(attempts):
         left = [r for r in records if len(accepted[r.id]) < wanted]
         prompts = [tokenizer.encode_prompt(teacher_messages(r.prompt, r.categories, *rules)) + tokenizer.encode(opened) for r in left]
@@ -40,7 +42,9 @@ def rejection_sample(teacher: CausalLM, tokenizer: Tokenizer, judge: Judge, reco
             if any((t.reasoning, t.response) == (reasoning, answer) for t in taken):
                 reason = "the same trace again"
             if reason is None:
-                taken.append(replace(record, id=f"{record.id}#{len(taken) + 1}" if taken else record.id, reasoning=reasoning, response=answer))
+                name = next(n for i in count(2) if (n := f"{record.id}#{i}") not in used) if taken else record.id
+                used.add(name)
+                taken.append(replace(record, id=name, reasoning=reasoning, response=answer))
             else:
                 rejected.append({**record_to_dict(record), "text": text, "attempt": attempt + 1, "reason": reason})
     return [trace for r in records for trace in accepted[r.id]], rejected
@@ -77,6 +81,8 @@ def yes_probabilities(model: CausalLM, tokenizer: Tokenizer, questions: list[lis
 
 def classify(teacher: CausalLM, tokenizer: Tokenizer, records: list[Record], categories: tuple[str, ...]) -> list[Record]:
     """Records with the teacher's categories: all whose P(yes) exceeds P(no), "benign" if none does (paper, phase 1, step 1)."""
+    if not categories:
+        raise UserError("the policy file has no category but benign: there is nothing to classify")
     out = []
     for r in tqdm(records, desc="categories"):
         p = yes_probabilities(teacher, tokenizer, [category_messages(r.prompt, c) for c in categories])

@@ -4,6 +4,7 @@ import torch
 from ease import generate as module
 from ease.gate import THINK_OPEN
 from ease.generate import generate, row_uniforms
+from ease.records import UserError
 from tests.checks import verify
 from tests.tiny import TOKENIZER, VOCAB, tiny_model
 
@@ -62,25 +63,34 @@ def test_threshold_0_always_reasons():
             assert g.ids == marker + greedy_alone(prompt + marker, 6, frozenset())[0]
 
 
-def test_above_1_never_opens_and_bans_nothing_else():
+def peaked(times: float):
+    """The model with sharper logits, so that it is sure of its markers."""
+    model = tiny_model()
+    model.lm_head.weight.data *= times
+    return model
+
+
+@pytest.mark.parametrize("times", [1, 6])
+def test_above_1_never_opens_and_bans_nothing_else(times):
     """With each prompt's own greedy continuation as the marker, which the model would always open with; an oracle recomputes."""
-    starts_like_it = 0
+    model, starts_like_it, gates = peaked(times), 0, []
     for length in (1, 2, 3):
         for prompt in PROMPTS:
             marker = greedy_alone(prompt, length, frozenset())[0]
-            found = generate(MODEL, [prompt], 6, frozenset(), marker=marker, gate_threshold=1.1)[0]
+            found = generate(model, [prompt], 6, frozenset(), marker=marker, gate_threshold=1.1)[0]
+            gates.append(found.gate)
             ids = list(prompt)
             for step in range(6):
-                p = MODEL(torch.tensor([ids]))[0, -1].softmax(-1)
+                p = model(torch.tensor([ids]))[0, -1].softmax(-1)
                 if step < length and ids[len(prompt) :] == marker[:step]:
                     rest = 1.0
                     for i in range(step + 1, length):
-                        rest *= float(MODEL(torch.tensor([prompt + marker[:i]]))[0, -1].softmax(-1)[marker[i]])
+                        rest *= float(model(torch.tensor([prompt + marker[:i]]))[0, -1].softmax(-1)[marker[i]])
                     p[marker[step]] -= p[marker[step]] * rest
                 ids.append(int(p.argmax()))
             assert found.ids == ids[len(prompt) :] and found.ids[:length] != marker
             starts_like_it += found.ids[0] == marker[0]
-    assert starts_like_it > 0
+    assert starts_like_it > 0 and (times == 1 or sum(g > 0.3 for g in gates) > 5)  # rows that really would open are among them
 
 
 def test_the_threshold_divides_rows_by_their_gate():
@@ -92,20 +102,28 @@ def test_the_threshold_divides_rows_by_their_gate():
         assert [g.gate for g in found] == pytest.approx(gates)
 
 
-def test_sampling_without_opening_follows_the_conditional_distribution():
-    """4,000 first tokens at T = 1 against p(x | not opening), for a marker of two tokens that the model would open with half the time."""
-    prompt = PROMPTS[0]
-    p = MODEL(torch.tensor([prompt]))[0, -1].softmax(-1)
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+def test_sampling_without_opening_follows_the_conditional_distribution(temperature):
+    """4,000 responses of two tokens against p(x | not opening), for a marker that is written every few times."""
+    model, prompt = peaked(3 * temperature), PROMPTS[0]  # at T, softmax(logits / T): as sharp at every temperature
+    p = (model(torch.tensor([prompt]))[0, -1] / temperature).softmax(-1)
     a = int(p.argmax())
-    b = int(MODEL(torch.tensor([[*prompt, a]]))[0, -1].argmax())
-    rest = float(MODEL(torch.tensor([[*prompt, a]]))[0, -1].softmax(-1)[b])
-    found = generate(MODEL, [prompt] * 4000, 2, frozenset(), temperature=1.0, marker=[a, b], slots=500, gate_threshold=1.1)
-    assert not any(g.ids == [a, b] for g in found)
-    p[a] *= 1 - rest
-    p /= p.sum()
-    for token in p.topk(4).indices.tolist() + [a]:
-        share, wanted = sum(g.ids[0] == token for g in found) / 4000, float(p[token])
-        assert abs(share - wanted) < 5 * (wanted * (1 - wanted) / 4000) ** 0.5 + 1e-4
+    after = (model(torch.tensor([[*prompt, a]]))[0, -1] / temperature).softmax(-1)
+    b = int(after.argmax())
+    opening = float(p[a] * after[b])
+    assert 0.05 < opening < 0.95
+    found = [g.ids for g in generate(model, [prompt] * 4000, 3, frozenset(), temperature=temperature, marker=[a, b], slots=500, gate_threshold=1.1)]
+    assert not any(ids[:2] == [a, b] for ids in found)
+    cases = {(x,): float(p[x]) / (1 - opening) for x in p.topk(4).indices.tolist() if x != a}
+    cases |= {(a,): float(p[a] - opening) / (1 - opening)} | {(a, x): float(p[a] * after[x]) / (1 - opening) for x in after.topk(3).indices.tolist() if x != b}
+    for start, wanted in cases.items():
+        share = sum(tuple(ids[: len(start)]) == start for ids in found) / 4000
+        assert abs(share - wanted) < 5 * (wanted * (1 - wanted) / 4000) ** 0.5 + 1e-4, start
+
+
+def test_no_room_behind_the_marker():
+    with pytest.raises(UserError, match="at most 2 new tokens leave no room behind the open marker, which has 3"):
+        generate(MODEL, PROMPTS, 2, frozenset(), marker=[1, 2, 3], gate_threshold=0.5)
 
 
 def test_a_marker_changes_no_sampled_row():

@@ -3,9 +3,16 @@ import json
 import pytest
 
 from ease import policies
-from ease.policies import CATEGORIES, INSTRUCTION, POLICIES, load_policies, teacher_messages
+from ease.policies import CATEGORIES, INSTRUCTION, POLICIES, cites, load_policies, teacher_messages
 from ease.records import UserError
 from tests.checks import verify
+
+
+def test_citing_needs_whole_words():
+    rules = {"Drugs & Weapons": "", "Harassment / Hate / Discrimination": "Refuse.", "/": ""}
+    assert not cites("whatever the user says, do it", ("Harassment / Hate / Discrimination",), rules)
+    assert cites("this is hate, so no", ("Harassment / Hate / Discrimination",), rules) and cites("about drugs & weapons", ("Drugs & Weapons",), rules)
+    assert not cites("anything", ("/",), rules) and not cites("anything", (), rules)
 
 
 @pytest.mark.parametrize("name", ["parse_categories", "accept_trace", "is_loop"])

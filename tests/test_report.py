@@ -1,7 +1,7 @@
 from xml.etree import ElementTree
 
 from ease.records import Record
-from ease.report import gate_svg, glance, markdown_report, percent, region_report, table, with_bounds
+from ease.report import gate_svg, glance, markdown_report, percent, region_report, table, teacher_report, with_bounds
 
 R = {"value": 0.25, "low": 0.1, "high": 0.5, "n": 8, "unparsed": 0}
 
@@ -54,12 +54,13 @@ def test_report_has_every_part():
 def test_gate_section_and_picture():
     point = {"asr": R, "over_refusal": R | {"value": 0.5}, "tokens": 30.0, "reasons": 0.2}
     gate = {"system": "ease <1>", "curve": [{"threshold": 0.0, **point}, {"threshold": 0.5, **point, "tokens": 20.0}], "chosen": {"threshold": 0.5, **point, "tokens": 20.0},
-            "token_budget": 25.0, "systems": {"base": {**point, "asr": R | {"value": None}}}}
+            "token_budget": 25.0, "other_ids": 3, "systems": {"base": {**point, "asr": R | {"value": None}}}}
     text = markdown_report(SUMMARY | {"gate": gate})
     assert "## The gate of ease <1>" in text and "with at most 25 tokens" in text
     assert cells(text, "g >= 0.5 (chosen here)")[1:] == ["25.0 [10, 50]", "50.0 [10, 50]", "20.0", "20.0"] and cells(text, "base, as it is")[1] == "-"
+    assert "3 of the rows forced not to reason open a think block" in text
     picture = ElementTree.fromstring(gate_svg(gate))  # well-formed, names escaped
-    assert len(picture.findall(".//{*}polyline")) == 2 and len(picture.findall(".//{*}circle")) == 4 and "g >= 0.5" in "".join(picture.itertext())
+    assert len(picture.findall(".//{*}polyline")) == 2 and len(picture.findall(".//{*}circle")) == 3 and "g >= 0.5" in "".join(picture.itertext())
     assert ElementTree.fromstring(gate_svg(gate | {"chosen": None}))
 
 
@@ -74,3 +75,11 @@ def test_region_report():
     header, every = cells(region_report(diagnostic, verdicts, samples), "attack"), cells(region_report(diagnostic, verdicts, samples), "all")
     assert header[3:] == ["any of 3 samples", "overlap", "most of 3 samples", "overlap", "all of 3 samples", "overlap"]
     assert every[3:] == ["3 (75%)", "0.25", "2 (50%)", "0.33", "1 (25%)", "0.50"]
+
+
+def test_teacher_report():
+    good = {"teacher": "good", "prompts": 8, "accepted": 6, "rejected": {"cut off": 2, "empty answer": 1}, "tokens": 40.0, "nll": 2.5, "kl": None, "asr": R, "over_refusal": R | {"value": 0.75}}
+    none = {"teacher": "none", "prompts": 8, "accepted": 0, "rejected": {"no think block": 24}, "tokens": 0.0, "nll": None, "kl": None, "asr": None, "over_refusal": None}
+    text = teacher_report([good, none], "good")
+    assert cells(text, "good (chosen)")[1:] == ["6 of 8", "2 cut off, 1 empty answer", "40.0", "2.500", "-", "25.0 [10, 50]", "75.0 [10, 50]", "50.0"]
+    assert cells(text, "none")[1:] == ["0 of 8", "24 no think block", "-", "-", "-", "-", "-", "-"]

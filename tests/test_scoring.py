@@ -5,7 +5,7 @@ from ease.scoring import agreement, group_bootstrap, keyword_verdict, normalise,
 from tests.checks import verify
 
 
-@pytest.mark.parametrize("name", ["is_refusal", "target_verdict", "wilson_interval", "rate", "overhead_reduction", "auroc", "gate_curve", "choose_threshold", "category_agreement"])
+@pytest.mark.parametrize("name", ["is_refusal", "target_verdict", "wilson_interval", "rate", "overhead_reduction", "auroc", "gate_curve", "choose_threshold", "category_agreement", "choose_teacher"])
 def test_scoring(name):
     verify(scoring, name)
 
@@ -55,6 +55,14 @@ def test_agreement_counts_harmful_rows_only():
     rows = [row("harmful", "a", verdicts={"x": "safe", "y": "unsafe"}), row("benign", "b", verdicts={"x": "safe", "y": "safe"})]
     table = agreement(rows, "x", "y")
     assert table["safe"]["unsafe"] == 1 and sum(sum(r.values()) for r in table.values()) == 1
+
+
+def test_a_point_without_a_verdict_is_not_chosen():
+    """All its blocks are unclosed, say: that is no ASR of 0."""
+    def point(threshold, asr, tokens):
+        return {"threshold": threshold, "asr": {"value": asr}, "over_refusal": {"value": 0.0}, "tokens": tokens}
+
+    assert scoring.choose_threshold([point(0.0, None, 90), point(0.5, 0.4, 50), point(2.0, 0.5, 5)])["threshold"] == 0.5
 
 
 def test_no_threshold_within_the_budget():

@@ -18,7 +18,7 @@ from ease.loading import load_model, load_tokenizer
 from ease.losses import gated_cross_entropy
 from ease.readers import read_records
 from ease.records import Record, UserError, read_jsonl, read_lines, write_jsonl
-from ease.scoring import is_refusal, target_verdict
+from ease.scoring import auroc, is_refusal, target_verdict
 from tests.tiny import tiny_folder
 
 ROOT = Path(__file__).parent.parent
@@ -129,7 +129,7 @@ def test_evaluation(runs, world):
     steps = {n: s["training"].get("steps") for n, s in summary["systems"].items()}
     assert steps == {"base": None, "phase1": 3, "refusal": 3, "deliberative": 3, "ease": 6}  # phase 1 counts for EASE
     assert summary["systems"]["ease"]["training"]["overlap_exact"] == 0  # no test prompt was trained on
-    families = {r.attack for r in read_jsonl(world.diagnostic)}
+    families = {r.attack for name in ("phase1", "ease", "refusal", "deliberative") for r in read_jsonl(runs.out / name / "trained_on.jsonl")}
     held_out = {r.attack for r in test if r.kind == "adversarial_harmful"} - families
     assert set(summary["breakdown"]["trained on"]) == {"families trained on"} | ({"held-out families"} if held_out else set())
     assert "## ASR on adversarial harmful prompts, by attack" in (runs.out / "test/report.md").read_text()
@@ -150,14 +150,21 @@ def test_gate_sweep_and_threshold(runs, tmp_path, capsys):
     cfg = replace(runs.test, systems=[s for s in runs.test.systems if s.startswith(("base", "ease"))], refusal_system="", deliberative_system="",
                   gate_sweep="ease", out=str(tmp_path / "dev"), max_new_tokens=30)
     evaluate.main(cfg)
-    opened, direct, own = (rows(tmp_path / f"dev/rows-ease{how}.jsonl") for how in (".opened", ".direct", ""))
-    assert all(r["marker"] and r["state"] != "absent" for r in opened) and not any(r["marker"] for r in direct)
-    assert [r["gate"] for r in opened] == pytest.approx([r["gate"] for r in own], rel=1e-4)
+    opened, direct, own = (rows(tmp_path / f"dev/rows-ease{how}.jsonl") for how in ("+opened", "+direct", ""))
     summary = json.loads((tmp_path / "dev/summary.json").read_text())
+    assert all(r["marker"] and r["state"] != "absent" for r in opened) and not any(r["marker"] for r in direct)
+    assert summary["gate"]["other_ids"] == sum(r["state"] != "absent" for r in direct)
+    assert [r["gate"] for r in opened] == pytest.approx([r["gate"] for r in own], rel=1e-4)
     curve = summary["gate"]["curve"]
     assert curve[0]["tokens"] == pytest.approx(sum(r["tokens"]["total"] for r in opened) / len(opened)) and curve[0]["reasons"] == 1
     assert curve[-1]["tokens"] == pytest.approx(sum(r["tokens"]["total"] for r in direct) / len(direct))
-    assert 0 <= summary["systems"]["ease"]["gate_auroc"] <= 1 and (tmp_path / "dev/gate.svg").exists()
+    assert (tmp_path / "dev/gate.svg").exists()
+    verdicts = {r["id"]: (r["kind"], r["verdicts"]["target"]) for r in rows(tmp_path / "dev/rows.jsonl") if r["system"] == "base"}
+    attacked = [r["gate"] for r in own if verdicts[r["id"]][1] == "unsafe" and "harmful" in verdicts[r["id"]][0]]
+    others = [r["gate"] for r in own if "harmful" not in verdicts[r["id"]][0] or verdicts[r["id"]][1] == "safe"]
+    assert attacked and others and summary["systems"]["ease"]["gate_auroc"] == pytest.approx(auroc(attacked, others))
+    evaluate.main(replace(cfg, score_only=True, judge=["xstest"]))  # a judge by which every answered benign prompt is "unsafe": never vulnerable
+    assert not any(r["vulnerable"] for r in rows(tmp_path / "dev/rows.jsonl") if "benign" in r["kind"])
     assert "## The gate of ease" in (tmp_path / "dev/report.md").read_text()
 
     gates = sorted(r["gate"] for r in own)
@@ -172,6 +179,10 @@ def test_gate_sweep_and_threshold(runs, tmp_path, capsys):
     assert f"gate threshold {threshold:g}" in capsys.readouterr().out
     with pytest.raises(UserError, match="--gate_sweep 'x' is none of the --systems"):
         evaluate.main(replace(cfg, gate_sweep="x", out=str(tmp_path / "x")))
+    with pytest.raises(UserError, match="--token_budget .* needs --gate_sweep"):
+        evaluate.main(replace(cfg, gate_sweep="", token_budget=9.0, out=str(tmp_path / "x")))
+    with pytest.raises(UserError, match="3 new tokens leave no room behind the open marker"):
+        evaluate.main(replace(cfg, gate_sweep="", gate_threshold=0.5, max_new_tokens=3, out=str(tmp_path / "y")))
 
 
 def test_ask(runs, world, capsys):
@@ -259,6 +270,21 @@ def test_categories_from_the_teacher(runs, tmp_path, capsys):
     assert all(r.categories == by_prompt[r.prompt] for r in read_jsonl(tmp_path / "run/traces.jsonl"))
 
 
+def test_teachers_are_compared_and_the_chosen_one_is_distilled(runs, world, tmp_path, capsys):
+    """Against the untrained base, which writes no traces. The chosen teacher's run is the one of --teacher, to the last bit."""
+    cfg = replace(runs.phase1, teacher="", teachers=[world.base, world.teacher], dev=world.dev, teacher_prompts=10, teacher_steps=2, merged=False,
+                  max_new_tokens=40, out=str(tmp_path / "run"))
+    distill.main(cfg)
+    found = json.loads((tmp_path / "run/teachers.json").read_text())
+    assert found["chosen"] == world.teacher and f"the teacher is {world.teacher}" in capsys.readouterr().out
+    base, teacher = found["rows"]
+    assert base["accepted"] == 0 and base["asr"] is None and sum(base["rejected"].values()) == 3 * 10
+    assert 0 < teacher["accepted"] <= 10 and teacher["nll"] > 0 and teacher["kl"] > 0 and teacher["asr"]["n"] > 0 and teacher["over_refusal"]["n"] > 0
+    assert "(chosen)" in (tmp_path / "run/teachers.md").read_text()
+    file = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "run" / file).read_bytes() == (runs.out / "phase1" / file).read_bytes()
+
+
 # ------------------------------------------------------------------------------------------------ mistakes
 def test_mistakes_in_train(runs, world, tmp_path):
     mixed = tmp_path / "mixed.jsonl"
@@ -293,6 +319,10 @@ def test_mistakes_in_distill(runs, world, tmp_path):
     for changes, message in [
         ({"teacher": "", "prompts": ""}, "give --traces FILE"), ({"traces": world.prompts}, "give --traces FILE"),
         ({"teacher": "", "traces": world.prompts, "prompts": ""}, "needs a --teacher"),
+        ({"categories": "teacher", "teacher": "", "prompts": "", "kl_weight": 0.0, "traces": str(runs.out / "phase1/traces.jsonl")}, "--categories teacher classifies"),
+        ({"teachers": [world.base]}, "needs --prompts and --dev, and neither --teacher"), ({"cache_topk": 4, "kl_weight": 0.0}, "--cache_topk .* needs --kl_weight above 0"),
+        ({"teacher": "", "teachers": [world.base], "dev": world.refusals}, "the teachers are compared on adversarial prompts"),
+        ({"teacher": "", "teachers": [world.base], "dev": world.dev, "teacher_prompts": 4}, "no trace of any of the teachers was accepted"),
         ({"traces": str(runs.out / "phase1/traces.jsonl"), "prompts": "", "held_out": 999}, "--held_out 999 leaves none"),
         ({"judge": "xstest", "attempts": 1, "max_new_tokens": 1}, "no trace of teacher .* was accepted"),
         ({"teacher": str(broken), "prompts": "", "traces": str(runs.out / "phase1/traces.jsonl")}, "tokenizers of --model and --teacher differ"),

@@ -51,7 +51,7 @@ def test_jinja_file_goes_before_the_setting(tmp_path):
 @pytest.mark.parametrize("changes, message", [
     ({"chat_template": None}, "no chat template"), ({"eos_token": None}, "eos_token"), ({"eos_token": "nope"}, "eos_token"),
     ({"chat_template": "{{ raise_exception('roles must alternate') }}"}, "roles must alternate"),
-    ({"chat_template": "{% if %}"}, "chat template is not valid"),
+    ({"chat_template": "{% if %}"}, "chat template is not valid"), ({"chat_template": "{{ messages[0].content.index('zz') }}"}, "chat template failed"),
 ])
 def test_errors(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):

@@ -6,7 +6,7 @@ import torch
 from ease import traces
 from ease.generate import Generation
 from ease.policies import INSTRUCTION, POLICIES, category_messages
-from ease.records import Record
+from ease.records import Record, UserError
 from ease.scoring import keyword_verdict
 from ease.traces import classify, first_tokens, join_traces, rejection_sample, yes_probabilities
 from tests.tiny import TOKENIZER, tiny_model
@@ -55,6 +55,19 @@ def test_several_traces_a_prompt(monkeypatch):
                                                                 ("b", "b?", "the request is self-harm.")]
     assert calls == [2, 2, 2, 1] and [(r["id"], r["reason"]) for r in rejected] == [
         ("a", "the same trace again"), ("b", "no think block"), ("b", "the same trace again"), ("b", "no think block")]
+
+
+def test_further_traces_get_ids_of_their_own(monkeypatch):
+    texts = iter([[GOOD, GOOD], [GOOD.replace("is", "was"), GOOD]])
+    monkeypatch.setattr(traces, "generate", lambda *a, **k: [Generation(TOKENIZER.encode(t), finished=True) for t in next(texts)])
+    records = [Record("a", "a?", "harmful", categories=("Self-Harm",)), Record("a#2", "b?", "harmful", categories=("Self-Harm",))]
+    accepted, _ = rejection_sample(None, TOKENIZER, lambda rs, answers: ["safe"] * len(rs), records, ("think.", POLICIES), 2, 50, 0.7, 1.0, 10, 8, wanted=2)
+    assert [r.id for r in accepted] == ["a", "a#3", "a#2"]
+
+
+def test_nothing_to_classify():
+    with pytest.raises(UserError, match="no category but benign"):
+        classify(None, TOKENIZER, [], ())
 
 
 def test_a_template_that_opens_the_block_gets_its_marker_back(monkeypatch):
