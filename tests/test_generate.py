@@ -64,16 +64,15 @@ def test_threshold_0_always_reasons():
 
 
 def peaked(times: float):
-    """The model with sharper logits, so that it is sure of its markers."""
+    """MODEL with sharper logits, so that it is sure of its markers."""
     model = tiny_model()
     model.lm_head.weight.data *= times
     return model
 
 
-@pytest.mark.parametrize("times", [1, 6])
-def test_above_1_never_opens_and_bans_nothing_else(times):
+def test_above_1_never_opens_and_bans_nothing_else():
     """With each prompt's own greedy continuation as the marker, which the model would always open with; an oracle recomputes."""
-    model, starts_like_it, gates = peaked(times), 0, []
+    model, starts_like_it, gates = peaked(6), 0, []
     for length in (1, 2, 3):
         for prompt in PROMPTS:
             marker = greedy_alone(prompt, length, frozenset())[0]
@@ -90,7 +89,7 @@ def test_above_1_never_opens_and_bans_nothing_else(times):
                 ids.append(int(p.argmax()))
             assert found.ids == ids[len(prompt) :] and found.ids[:length] != marker
             starts_like_it += found.ids[0] == marker[0]
-    assert starts_like_it > 0 and (times == 1 or sum(g > 0.3 for g in gates) > 5)  # rows that really would open are among them
+    assert starts_like_it > 0 and sum(g > 0.3 for g in gates) > 5  # rows that really would open are among them
 
 
 def test_the_threshold_divides_rows_by_their_gate():

@@ -316,7 +316,7 @@ def test_mistakes_in_distill(runs, world, tmp_path):
     vocab = tokenizer["model"]["vocab"]
     vocab["\u0120the"], vocab["\u0120car"] = vocab["\u0120car"], vocab["\u0120the"]  # as many tokens, two of them swapped
     (broken / "tokenizer.json").write_text(json.dumps(tokenizer))
-    for changes, message in [
+    for i, (changes, message) in enumerate([
         ({"teacher": "", "prompts": ""}, "give --traces FILE"), ({"traces": world.prompts}, "give --traces FILE"),
         ({"teacher": "", "traces": world.prompts, "prompts": ""}, "needs a --teacher"),
         ({"categories": "teacher", "teacher": "", "prompts": "", "kl_weight": 0.0, "traces": str(runs.out / "phase1/traces.jsonl")}, "--categories teacher classifies"),
@@ -326,9 +326,9 @@ def test_mistakes_in_distill(runs, world, tmp_path):
         ({"traces": str(runs.out / "phase1/traces.jsonl"), "prompts": "", "held_out": 999}, "--held_out 999 leaves none"),
         ({"judge": "xstest", "attempts": 1, "max_new_tokens": 1}, "no trace of teacher .* was accepted"),
         ({"teacher": str(broken), "prompts": "", "traces": str(runs.out / "phase1/traces.jsonl")}, "tokenizers of --model and --teacher differ"),
-    ]:
+    ]):
         with pytest.raises(UserError, match=message):
-            distill.main(replace(cfg, **changes, out=str(tmp_path / message[:7].replace(" ", "_"))))
+            distill.main(replace(cfg, **changes, out=str(tmp_path / f"run{i}")))
 
 
 @pytest.mark.parametrize("changes, message", [
