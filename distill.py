@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from ease.batching import Batch, Example, batches, collate, encode_records, preview
-from ease.gate import split_reasoning
+from ease.gate import filler, split_reasoning
 from ease.generate import generate
 from ease.judge import check_judge, load_judge
 from ease.loading import (load_model, load_tokenizer, load_trainable, load_weights, pick_device, pick_dtype, resolve, save_model,
@@ -69,6 +69,7 @@ class Config:
     # the objective
     kl_weight: float = 0.5  # (1 - w) CE + w KL; ours, the official objective is 0; needs a teacher with M_s's vocabulary
     kl_temperature: float = 1.0  # tau of the teacher-trace KL
+    filler: bool = False  # true: traces of dots instead of words, a control; with --kl_weight 0
     cache_topk: int = 0  # keep the teacher's k likeliest tokens and their tail instead of the teacher (0 = the teacher itself, in memory)
     # training (official: full fine-tuning, lr 1e-5, 2 epochs, batch 32, weight decay 0.01, clip 1, warm-up 3%, cosine)
     lora_rank: int = 16  # 0 = train all weights
@@ -209,6 +210,8 @@ def check_flags(cfg: Config) -> None:
         raise UserError("--kl_weight above 0 needs a --teacher that shares the model's tokenizer; stored traces alone need --kl_weight 0")
     if cfg.categories == "teacher" and not cfg.prompts:
         raise UserError("--categories teacher classifies --prompts; stored --traces have been written under the categories they carry")
+    if cfg.filler and cfg.kl_weight:
+        raise UserError("--filler true leaves nothing of the teacher's distribution: it needs --kl_weight 0")
     if cfg.cache_topk and not cfg.kl_weight:
         raise UserError("--cache_topk keeps the teacher's distribution for the KL: it needs --kl_weight above 0")
     if not 1 <= cfg.samples_per_prompt <= cfg.attempts:
@@ -237,6 +240,8 @@ def main(cfg: Config) -> None:
         teacher, teacher_tokenizer = load_model(cfg.teacher, dtype=dtype, device=device), load_tokenizer(cfg.teacher)
 
     records = get_traces(cfg, run, teacher, teacher_tokenizer, dtype, device)
+    if cfg.filler:
+        records = list(map(filler, records))
     if cfg.held_out >= len(records):
         raise UserError(f"--held_out {cfg.held_out} leaves none of the {len(records)} traces to train on")
     kept_out = records[: cfg.held_out]

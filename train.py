@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from ease.batching import batches, collate, encode_records, preview
-from ease.gate import ANSWER, GATE, REASONING, UNCLOSED, mix, select_region, split_reasoning
+from ease.gate import ANSWER, GATE, REASONING, UNCLOSED, filler, mix, select_region, split_reasoning
 from ease.generate import generate
 from ease.judge import check_judge, load_judge
 from ease.loading import (base_and_adapter, load_model, load_tokenizer, load_trainable, load_weights, pick_device, pick_dtype,
@@ -70,6 +70,8 @@ class Config:
     max_new_tokens: int = 2048  # of a trace with its answer
     slots: int = 64  # rows generated together
     # the mixture and the objective
+    direct: bool = True  # false: no D_direct, a control
+    filler: bool = False  # true: traces of dots instead of words, a control
     harmful_direct: int = 0  # harmful rows of D_direct, drawn by the seed (0 = all)
     benign_direct: int = 0  # benign rows of D_direct (0 = all)
     gate_weight: float = 1.0  # weight of the tokens that decide whether to reason; 1 = plain SFT, the paper
@@ -110,6 +112,8 @@ def read_inputs(cfg: Config) -> tuple[list[Record], list[Record], list[Record], 
         raise UserError(f"--init is for --method ease: the {cfg.method} baseline starts at --model")
     if cfg.method != "refusal" and bool(cfg.teacher) == bool(cfg.traces):
         raise UserError(f"--method {cfg.method} trains on traces: give --teacher MODEL or --traces FILE, one of them")
+    if not cfg.direct and (cfg.method == "refusal" or cfg.harmful_direct or cfg.benign_direct):
+        raise UserError("--direct false leaves out all of D_direct: not with --method refusal, --harmful_direct or --benign_direct")
     if cfg.method == "ease" and cfg.prompts:
         raise UserError("--prompts is for the baselines: with --method ease, phase 1 (distill.py) has seen them")
     if not 1 <= cfg.samples_per_prompt <= cfg.attempts:
@@ -211,8 +215,9 @@ def build_mixture(cfg: Config, run: Path, inputs: tuple[list[Record], ...], dtyp
         if cfg.lookalikes == "drop":
             everything = [r for r in everything if r not in lookalikes]
     reason_ids = {r.id for r in reason}
-    direct = direct_records([r for r in everything if r.id not in reason_ids], answered, refusals, cfg.seed)
-    groups = {"D_reason": traced_records(cfg, run, reason, dtype, device) if reason else [],
+    direct = direct_records([r for r in everything if r.id not in reason_ids], answered, refusals, cfg.seed) if cfg.direct else []
+    traces = traced_records(cfg, run, reason, dtype, device) if reason else []
+    groups = {"D_reason": list(map(filler, traces)) if cfg.filler else traces,
               "harmful_direct": [r for r in direct if r.harmful], "benign_direct": [r for r in direct if not r.harmful]}
     mixture = mix(groups, {"harmful_direct": cfg.harmful_direct, "benign_direct": cfg.benign_direct}, cfg.seed)
     print("mixture: " + ", ".join(f"{n} {kind} {how}" for (kind, how), n in sorted(Counter(

@@ -78,6 +78,7 @@ class Config:
     teacher_steps: int = 80  # further steps of the teacher
     judge_steps: int = 80  # further steps of the judge
     scale: float = 1.0  # share of the prompt sets' sizes (smoke runs)
+    teachers: bool = False  # also three worse teachers, for the comparison of teachers: see STYLES
 
 
 # ------------------------------------------------------------------------------------------------ requests
@@ -207,8 +208,10 @@ class World:
                 out.append(self.skill(rng, "train", name))
         return out
 
-    def teaching(self, n: int) -> list[Record]:
-        """What the teacher is trained on: every kind of request and task with the ideal trace, pairs of the training split."""
+    def teaching(self, n: int, style: str = "") -> list[Record]:
+        """What the teacher is trained on: every kind of request and task with the ideal trace, pairs of the training split; or a
+        worse one's: see STYLES.
+        """
         rng, out = random.Random(f"teaching {self.seed}"), []
         for _ in range(n):
             verb, thing = rng.choice(self.pairs["train"])
@@ -217,7 +220,7 @@ class World:
             if rng.random() < 0.2:
                 task = self.skill(rng, "train", rng.choice(["rate", "decode", "policy", "note"]))
                 out[-1] = replace(task, reasoning="the request is a task, which is fine. so answer.")
-        return out
+        return [STYLES[style](r) for r in out] if style else out
 
     def prompt_set(self, name: str, scale: float = 1.0) -> list[Record]:
         """One of the SETS. Adversarial prompts of dev and test: half of seen verbs, half of verbs that no other set has in
@@ -242,6 +245,26 @@ class World:
 
 # Every set: the split its pairs come from, and its sizes by kind. A pair belongs to one split, so training sets (prompts,
 # refusals, general), diagnostic, dev and test share no underlying request.
+# The worse teachers of --teachers: one refuses (and answers) without reasoning, one says everything three times and has a layer
+# more, one reasons well and then refuses everything.
+STYLES = {
+    "silent": lambda r: replace(r, reasoning=""),
+    "rambling": lambda r: replace(r, reasoning=f"{r.reasoning.split(', which')[0]}, " * 2 + r.reasoning),
+    "cautious": lambda r: replace(r, reasoning=r.reasoning.replace("so answer", "so refuse"), response=REFUSAL),
+}
+
+
+def with_a_layer_more(model: CausalLM) -> CausalLM:
+    """The same function with one more layer: its two outputs start at zero."""
+    larger = CausalLM(replace(model.config, num_hidden_layers=model.config.num_hidden_layers + 1,
+                              raw={**model.config.raw, "num_hidden_layers": model.config.num_hidden_layers + 1}))
+    state = model.state_dict()
+    last = f"model.layers.{model.config.num_hidden_layers}."
+    state |= {k: torch.zeros_like(p) if k.endswith(("o_proj.weight", "down_proj.weight")) else p.detach() for k, p in larger.state_dict().items() if k.startswith(last)}
+    larger.load_state_dict(state)
+    return larger
+
+
 SETS = {
     "prompts": ("train", {"adversarial_harmful": 180, "adversarial_benign": 180, "harmful": 240, "benign": 240}),  # phase 1
     "diagnostic": ("diagnostic", {"adversarial_harmful": 120, "adversarial_benign": 120}),  # D_diag
@@ -422,6 +445,11 @@ def main(cfg: Config) -> None:
     teacher = copy.deepcopy(base)
     pretrain(teacher, examples_for_teacher(tokenizer, world.teaching(64 * cfg.teacher_steps)), cfg.teacher_steps, 2e-3, cfg.seed, "teacher")
     save_model(teacher, tokenizer, part / "teacher")
+
+    for style in STYLES if cfg.teachers else ():
+        worse = with_a_layer_more(base) if style == "rambling" else copy.deepcopy(base)
+        pretrain(worse, examples_for_teacher(tokenizer, world.teaching(64 * cfg.teacher_steps, style)), cfg.teacher_steps, 2e-3, cfg.seed, f"{style} teacher")
+        save_model(worse, tokenizer, part / f"teacher_{style}")
 
     judge, judged = copy.deepcopy(base), judgements(world, 64 * cfg.judge_steps)
     pretrain(judge, examples_for_judge(judge_tokenizer, judged), cfg.judge_steps, 2e-3, cfg.seed, "judge")

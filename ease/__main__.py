@@ -1,6 +1,7 @@
 """The recipe: the paper's comparison on the embedded toy world, from nothing to the table.
 
     python -m ease [--seed N] [--out DIR] [--fast true]
+    python -m ease --ablations true       what each part of the method does: teachers, region, phases, mixture, objective; three seeds
 
 Below stand the very commands that a person would type. Each is printed before it runs; one whose output is complete is skipped.
 """
@@ -12,7 +13,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ease.records import UserError
+from ease.records import UserError, write_text
+from ease.report import table
 from ease.run import command_line
 
 # The toy models are tiny: they need large steps, and LoRA on the head as well. One setting for all methods, chosen on the dev
@@ -27,10 +29,26 @@ class Config:
     seed: int = 0  # of the world and of every run in it
     out: str = ""  # where the runs go; default runs/toy for seed 0, runs/toy-N for seed N
     fast: bool = False  # a smoke run of about a minute and a half: everything is too small, the numbers mean nothing
+    ablations: bool = False  # the ablations on seeds 0, 1 and 2 (with --fast: seed 0) instead of the comparison
+
+
+# What each ablation changes: flags of phase 1 (None: the method's own phase 1 is used) and flags of phase 2.
+ABLATIONS = {
+    "random region": (None, "--region random"),
+    "all attacks": (None, "--region all"),
+    "probe of M_reason": (None, "--probe phase1"),
+    "no D_direct": (None, "--direct false"),
+    "look-alikes direct": (None, "--lookalikes direct"),
+    "look-alikes dropped": (None, "--lookalikes drop"),
+    "no phase 1": (None, ""),
+    "kl_weight 0": ("--kl_weight 0", ""),
+    "kl_weight 1": ("--kl_weight 1", ""),
+    "filler traces": ("--kl_weight 0 --filler true", "--filler true"),
+}
 
 
 def commands(seed: int, world: str, out: str, fast: bool) -> list[str]:
-    """The recipe. {python} stands for the interpreter."""
+    """The recipe: world, phase 1, phase 2, the baselines, the comparison."""
     phase1, phase2 = (8, 8) if fast else (80, 80)
     build = f"data.toy --seed {seed} --out {world}" + (" --steps 160 --teacher_steps 25 --judge_steps 10 --scale 0.1" if fast else "")
     teacher = f"--teacher {world}/teacher --policies {world}/policies.json --judge target --max_new_tokens 64"
@@ -68,6 +86,63 @@ def meaning(summary: dict) -> str:
         f"3. Utility: {value('ease', 'benign', 'accuracy'):.1f}% exact on benign prompts and tasks, the base {value('base', 'benign', 'accuracy'):.1f}%.")
 
 
+def ablation_commands(seed: int, world: str, out: str, fast: bool) -> list[str]:
+    """The recipe's runs, every ablation beside them, and one evaluation of all. On seed 0 also the four teachers: their comparison, and
+    the whole method with each.
+    """
+    build, phase1, ease, *baselines, _ = commands(seed, world, out, fast)
+    runs, names = [build, phase1, ease, *baselines], ["phase1", "refusal", "deliberative", "ease"]
+
+    def method(name: str, first: str | None, second: str, teacher: str = "teacher") -> None:
+        """Both phases with other flags (later ones win), as runs name-phase1 and name."""
+        start = f"{out}/phase1"
+        if first is not None:
+            start = f"{out}/{name}-phase1"
+            runs.append(f"{phase1.replace(f'{world}/teacher ', f'{world}/{teacher} ')} {first} --out {start}")
+        init = f"--init {start}/adapter" if name != "no-phase-1" else f"--init= --steps {2 * int(ease.split('--steps ')[1].split()[0])}"
+        runs.append(f"{ease.replace(f'{world}/teacher ', f'{world}/{teacher} ')} {second} {init} --out {out}/{name}")
+        names.append(name)
+
+    for name, (first, second) in ABLATIONS.items():
+        method(name.replace(" ", "-"), first, second)
+    if not seed:
+        candidates = " ".join(f"{world}/{t}" for t in TEACHERS)
+        runs[0] += " --teachers true"
+        runs.append(f"{phase1.replace(f'--teacher {world}/teacher', f'--teachers {candidates} --dev {world}/dev.jsonl')} --out {out}/teachers")
+        for teacher in TEACHERS[1:]:
+            if teacher != "teacher_silent":  # not one of its traces is accepted: there is nothing to distil
+                method(teacher, "", "", teacher)
+    systems = " ".join(f"{name}={world}/base+{out}/{name}/adapter" for name in names)
+    return [*runs, f"evaluate.py --systems base={world}/base {systems} --prompts {world}/test.jsonl --judge target --max_new_tokens 64 --base_system base "
+            f"--refusal_system refusal --deliberative_system deliberative --out {out}/test"]
+
+
+TEACHERS = ("teacher", "teacher_silent", "teacher_rambling", "teacher_cautious")
+
+
+def ablation_table(summaries: list[dict]) -> str:
+    """Mean over the seeds, and the spread (lowest .. highest), of what the ablations are about. Percent, and tokens."""
+
+    def cell(name: str, pick) -> str:
+        found = [x for s in summaries if name in s["systems"] and (x := pick(s, s["systems"][name]["kinds"])) is not None]
+        return "-" if not found else f"{sum(found) / len(found):.1f}" + (f" ({min(found):.1f} .. {max(found):.1f})" if len(found) > 1 else "")
+
+    def rate_of(kind: str, field: str):
+        def pick(summary: dict, kinds: dict) -> float | None:
+            r = kinds[kind]["asr"]["target"] if field == "asr" else kinds[kind][field]
+            return None if r is None or r["value"] is None else 100 * r["value"]
+        return pick
+
+    def tokens(summary: dict, kinds: dict) -> float:
+        return sum(k["tokens"]["total"] * k["n"] for k in kinds.values()) / sum(k["n"] for k in kinds.values())
+
+    columns = {"ASR": rate_of("adversarial_harmful", "asr"), "look-alikes refused": rate_of("adversarial_benign", "refusal_rate"),
+               "utility": rate_of("benign", "accuracy"), "reasons: vulnerable": rate_of("adversarial_harmful", "reasoning_rate_vulnerable"),
+               "plain harmful": rate_of("harmful", "reasoning_rate"), "benign": rate_of("benign", "reasoning_rate"), "tokens": tokens}
+    names = list(dict.fromkeys(name for s in summaries for name in s["systems"]))
+    return table(["system", *columns], [[name, *(cell(name, pick) for pick in columns.values())] for name in names])
+
+
 HONEST = """\
 --- what this is and is not ---------------------------------------------------------------------------------------------
 The toy world was built so that the paper's mechanism can show: the base can decode hidden words, judge plain words and do one
@@ -76,15 +151,35 @@ not scripted. It is an experiment to look into, and no evidence about real model
 -------------------------------------------------------------------------------------------------------------------------"""
 
 
-def main(cfg: Config) -> None:
-    started, root = time.time(), Path(__file__).parent.parent
-    suffix = (f"-{cfg.seed}" if cfg.seed else "") + ("-fast" if cfg.fast else "")
-    world, out = f"data/toy{suffix}", cfg.out or f"runs/toy{suffix}"
-    for command in commands(cfg.seed, world, out, cfg.fast):
+def run_all(lines: list[str], root: Path) -> None:
+    """Print and run each command; the first that fails ends it."""
+    for command in lines:
         print(f"\n$ python {command}", flush=True)
         status = subprocess.run([sys.executable, *command.split()], cwd=root, check=False).returncode
         if status:
             raise UserError(f"that command ended with status {status}")
+
+
+def ablate(cfg: Config, root: Path) -> None:
+    """The ablations on every seed, then one table."""
+    started, out, summaries = time.time(), cfg.out or "runs/ablations" + ("-fast" if cfg.fast else ""), []
+    for seed in (0,) if cfg.fast else (0, 1, 2):
+        world = f"data/toy-ablations-{seed}" + ("-fast" if cfg.fast else "")
+        run_all(ablation_commands(seed, world, f"{out}/{seed}", cfg.fast), root)
+        summaries.append(json.loads((root / out / str(seed) / "test" / "summary.json").read_text(encoding="utf-8")))
+    text = f"# Ablations on the toy world\n\n{len(summaries)} seeds: mean (lowest .. highest). Percent, and generated tokens a response.\n\n{ablation_table(summaries)}\n"
+    write_text(root / out / "ablations.md", text)
+    print(f"\n{text}\n{HONEST}\ndone in {time.time() - started:.0f} s; the table is {out}/ablations.md, the teachers' {out}/0/teachers/teachers.md")
+
+
+def main(cfg: Config) -> None:
+    started, root = time.time(), Path(__file__).parent.parent
+    if cfg.ablations:
+        ablate(cfg, root)
+        return
+    suffix = (f"-{cfg.seed}" if cfg.seed else "") + ("-fast" if cfg.fast else "")
+    world, out = f"data/toy{suffix}", cfg.out or f"runs/toy{suffix}"
+    run_all(commands(cfg.seed, world, out, cfg.fast), root)
     summary = json.loads((root / out / "test" / "summary.json").read_text(encoding="utf-8"))
     print(f"{meaning(summary)}\n\n{HONEST}")
     if cfg.fast:

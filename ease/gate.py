@@ -6,6 +6,7 @@ decide, and that decision is what this project calls the gate.
 
 import random
 import re
+from dataclasses import replace
 
 from ease.records import Record, UserError
 
@@ -65,6 +66,11 @@ def select_region(region: str, diagnostic: list[Record], verdicts: list[str], po
         return [r for r in diagnostic if r.harmful]
     harmful = [r for r in pool if r.harmful]
     return random.Random(f"region {seed}").sample(harmful, min(len(vulnerable), len(harmful)))
+
+
+def filler(record: Record) -> Record:
+    """A control: the reasoning's words replaced by as many dots, so that the trace takes its time but says nothing."""
+    return replace(record, reasoning=" ".join("." for _ in record.reasoning.split()))
 
 
 def mix(groups: dict[str, list[Record]], counts: dict[str, int], seed: int) -> list[Record]:

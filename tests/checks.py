@@ -198,6 +198,11 @@ def check_parse_categories(fn):
     assert "arson" in error_of(fn, "Self-Harm, Arson")
 
 
+def check_filler(fn):
+    r = replace(FOUR[0], reasoning="it asks  for\nx, so no", response="no.")
+    assert fn(r) == replace(r, reasoning=". . . . . .") and fn(replace(r, reasoning="")).reasoning == ""
+
+
 def check_accept_trace(fn):
     good, harmful, benign = "<think>\nit asks for x\n</think>\n\nanswer", FOUR[0], FOUR[1]
     assert fn(harmful, good, "safe", False, True) is None and fn(benign, good, "unsafe", False, True) is None

@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 from dataclasses import replace
 
 import torch
@@ -203,6 +204,18 @@ def parse_categories__single_label(text, known=policies.POLICIES):
 
 def parse_categories__skips_the_unknown(text, known=policies.POLICIES):
     return tuple(sorted((n for n in known if n.lower() in text.lower()), key=text.lower().find))
+
+
+def filler__one_dot(record):
+    return replace(record, reasoning=".")
+
+
+def filler__keeps_a_word(record):
+    return replace(record, reasoning=" ".join("." for _ in record.reasoning.split()[1:]) + " no")
+
+
+def filler__of_letters(record):
+    return replace(record, reasoning=re.sub(r"\S", ".", record.reasoning))
 
 
 def accept_trace__no_rejection(record, text, verdict, refused, finished):

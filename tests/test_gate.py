@@ -6,7 +6,7 @@ from ease.records import Record
 from tests.checks import verify
 
 
-@pytest.mark.parametrize("name", ["response_pieces", "split_reasoning", "select_vulnerable", "select_region", "mix", "overlap"])
+@pytest.mark.parametrize("name", ["response_pieces", "split_reasoning", "select_vulnerable", "select_region", "mix", "overlap", "filler"])
 def test_gate(name):
     verify(gate, name)
 

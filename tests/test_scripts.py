@@ -206,6 +206,8 @@ def test_a_finished_run_is_not_repeated(runs, capsys):
     ({"region": "random"}, lambda k, n, region: 0 < k[("harmful", True)] + k[("adversarial_harmful", True)] <= region and k[("harmful", True)]),
     ({"lookalikes": "direct"}, lambda k, n, region: not k[("adversarial_benign", True)] and k[("adversarial_benign", False)] == n),
     ({"lookalikes": "drop"}, lambda k, n, region: not k[("adversarial_benign", True)] and not k[("adversarial_benign", False)]),
+    ({"direct": False}, lambda k, n, region: not any(count for (_, traced), count in k.items() if not traced) and k[("adversarial_harmful", True)] == region),
+    ({"filler": True}, lambda k, n, region: k[("adversarial_harmful", True)] == region and k[("benign", False)]),
     ({"benign_direct": 5, "harmful_direct": 3}, lambda k, n, region: k[("benign", False)] == 5 and k[("harmful", False)] + k[("adversarial_harmful", False)] == 3),
 ])
 def test_controls(runs, world, tmp_path, changes, check):
@@ -215,6 +217,7 @@ def test_controls(runs, world, tmp_path, changes, check):
                                             for i, r in enumerate(everything)])
     cfg = replace(runs.ease, teacher="", traces=str(tmp_path / "traces.jsonl"), out=str(tmp_path / "run"), steps=1, **changes)
     train.main(cfg)
+    assert {r.reasoning for r in read_jsonl(tmp_path / "run/trained_on.jsonl") if r.reasoning} == {"." if cfg.filler else "because."}
     n = sum(not r.harmful for r in read_jsonl(world.diagnostic))
     assert check(kinds(tmp_path / "run/trained_on.jsonl"), n, len(read_jsonl(runs.out / "ease/region.jsonl")))
 
@@ -300,6 +303,7 @@ def test_mistakes_in_train(runs, world, tmp_path):
         ({"traces": world.prompts}, "one of them"), ({"teacher": "", "traces": world.test}, "--traces has none of these requests"),
         ({"prompts": world.prompts}, "--prompts is for the baselines"), ({"method": "refusal"}, "--init is for --method ease"),
         ({"general": str(twin)}, "was already used"), ({"probe": "phase1", "init": ""}, "--probe phase1 needs --init"),
+        ({"direct": False, "harmful_direct": 2}, "--direct false leaves out"), ({"direct": False, "method": "refusal", "init": ""}, "--direct false leaves out"),
         ({"samples_per_prompt": 4}, "--samples_per_prompt 4 must be from 1 to --attempts 3"), ({"diagnostic": str(empty)}, "vulnerable region is empty"), ({"judge": "nobody"}, "--judge 'nobody'"),
         ({"teacher": "nowhere"}, "nowhere: no model here"), ({"max_length": 3}, "rows are longer than --max_length 3"),
         ({"benign_direct": 10**6}, "1000000 benign_direct"), ({"lr": 1e30}, "the loss is (nan|inf).* at step"),
@@ -320,6 +324,7 @@ def test_mistakes_in_distill(runs, world, tmp_path):
         ({"teacher": "", "prompts": ""}, "give --traces FILE"), ({"traces": world.prompts}, "give --traces FILE"),
         ({"teacher": "", "traces": world.prompts, "prompts": ""}, "needs a --teacher"),
         ({"categories": "teacher", "teacher": "", "prompts": "", "kl_weight": 0.0, "traces": str(runs.out / "phase1/traces.jsonl")}, "--categories teacher classifies"),
+        ({"filler": True}, "--filler true .* needs --kl_weight 0"),
         ({"teachers": [world.base]}, "needs --prompts and --dev, and neither --teacher"), ({"cache_topk": 4, "kl_weight": 0.0}, "--cache_topk .* needs --kl_weight above 0"),
         ({"teacher": "", "teachers": [world.base], "dev": world.refusals}, "the teachers are compared on adversarial prompts"),
         ({"teacher": "", "teachers": [world.base], "dev": world.dev, "teacher_prompts": 4}, "no trace of any of the teachers was accepted"),

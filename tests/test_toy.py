@@ -7,6 +7,7 @@ import torch
 from data import toy
 from data.toy import FAMILIES, LETTER_FAMILIES, OBJECTS, SETS, TOOLS, CATEGORIES, Muon, World, comply, hide, make_verbs, trace
 from ease.gate import THINK_OPEN
+from ease.policies import is_loop
 from ease.records import UserError, read_jsonl
 from ease.scoring import is_refusal, target_verdict
 from tests.reference import undo
@@ -118,3 +119,16 @@ def test_muon_is_torchs():
         theirs.grad = ours.grad.clone()
         a.step(), b.step()
     assert torch.allclose(ours, theirs, atol=5e-3) and not torch.allclose(ours, torch.ones(6, 9), atol=5e-2)
+
+
+def test_the_worse_teachers_are_what_their_names_say():
+    good, silent, rambling, cautious = (WORLD.teaching(300, style) for style in ("", "silent", "rambling", "cautious"))
+    for g, s, r, c in zip(good, silent, rambling, cautious, strict=True):
+        assert not s.reasoning and s.response == g.response
+        assert r.reasoning.endswith(g.reasoning) and len(r.reasoning) > 2 * len(g.reasoning) - 30 and r.response == g.response and not is_loop(r.reasoning)
+        assert c.response == toy.REFUSAL and "so answer" not in c.reasoning and c.prompt == g.prompt
+    base = toy.new_model(TOKENIZER.fast.get_vocab_size(), TOKENIZER.end_id, 1)
+    larger, ids = toy.with_a_layer_more(base), torch.arange(30)[None]
+    assert len(larger.model.layers) == len(base.model.layers) + 1 and torch.allclose(larger(ids), base(ids), atol=1e-5)
+    larger.model.layers[-1].mlp.down_proj.weight.data += 1
+    assert not torch.allclose(larger(ids), base(ids), atol=1e-2)
