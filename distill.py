@@ -128,6 +128,17 @@ def get_traces(cfg: Config, run: Path, teacher: CausalLM | None, tokenizer: Toke
     return stage(run / "traces.jsonl", sample)
 
 
+def kl_side(cfg: Config, run: Path, model: CausalLM, tokenizer: Tokenizer, teacher: CausalLM, teacher_tokenizer: Tokenizer, records: list[Record],
+            examples: list[Example], device: str) -> tuple[list[Example], TeacherSide]:
+    """The examples as the teacher sees them, and what it says on them: live, or with --cache_topk from a file in the run folder."""
+    views = teacher_view(teacher_tokenizer, {r.id: r for r in records}, examples, load_policies(cfg.policies))
+    shared = shared_ids(tokenizer, teacher_tokenizer, model, teacher, device)
+    side = in_memory(model, teacher, views, shared, cfg.kl_temperature, device)
+    if cfg.cache_topk:
+        side = from_cache(run / "teacher_topk.safetensors", side, teacher, model, len(views), cfg.cache_topk, shared, cfg.kl_temperature, device)
+    return views, side
+
+
 def try_teacher(cfg: Config, name: str, folder: Path, dtype, device: str) -> dict:
     """A short distillation from one candidate (a run of this script in `folder`), and its row of the table."""
     probe = replace(cfg, teacher=name, teachers=(), dev="", prompts=str(folder.parent / "prompts.jsonl"), steps=cfg.teacher_steps, out=str(folder),
@@ -148,8 +159,7 @@ def try_teacher(cfg: Config, name: str, folder: Path, dtype, device: str) -> dic
     side = None
     if cfg.kl_weight:
         teacher, theirs = load_model(name, dtype=dtype, device=device), load_tokenizer(name)
-        views = teacher_view(theirs, {r.id: r for r in traces}, examples, load_policies(cfg.policies))
-        side = in_memory(model, teacher, views, shared_ids(tokenizer, theirs, model, teacher, device), cfg.kl_temperature, device)
+        _, side = kl_side(replace(cfg, cache_topk=0), folder, model, tokenizer, teacher, theirs, traces, examples, device)
     nll, kl = mean_losses(model, examples, side, device)
     row |= {"tokens": sum(e.supervised for e in examples) / len(examples), "nll": nll, "kl": kl if side else None}
 
@@ -251,13 +261,7 @@ def main(cfg: Config) -> None:
     examples = encode_records(tokenizer, records, cfg.max_length)
     held_out = encode_records(tokenizer, kept_out, cfg.max_length) if kept_out else []
     write_text(run / "preview.txt", "\n".join(preview(tokenizer, e) for e in examples[:2]))
-    views, side = examples, None
-    if cfg.kl_weight:
-        views = teacher_view(teacher_tokenizer, {r.id: r for r in records}, examples, load_policies(cfg.policies))
-        shared = shared_ids(tokenizer, teacher_tokenizer, model, teacher, device)
-        side = in_memory(model, teacher, views, shared, cfg.kl_temperature, device)
-        if cfg.cache_topk:
-            side = from_cache(run / "teacher_topk.safetensors", side, teacher, model, len(views), cfg.cache_topk, shared, cfg.kl_temperature, device)
+    views, side = kl_side(cfg, run, model, tokenizer, teacher, teacher_tokenizer, records, examples, device) if cfg.kl_weight else (examples, None)
     del teacher  # with a cache, or without KL, nothing holds it any more
 
     optimizer = make_optimizer(model, cfg.weight_decay)

@@ -57,6 +57,9 @@ class Config:
     seed: int = 0  # of sampling
 
 
+NAMED = ("base_system", "refusal_system", "deliberative_system")  # systems that no gate threshold touches
+
+
 def parse_systems(specs: list[str]) -> dict[str, tuple[str, str]]:
     """NAME=MODEL[+ADAPTER] -> {name: (model, adapter or "")}."""
     out = {}
@@ -178,54 +181,26 @@ def gate_numbers(cfg: Config, by_system: dict[str, list[dict]], opened: list[dic
             "other_ids": sum(r["state"] != ABSENT for r in direct), "systems": {name: operating_point(rows, judge) for name, rows in by_system.items()}}
 
 
-def main(cfg: Config) -> None:
-    systems = parse_systems(cfg.systems)
-    device = pick_device(cfg.device)
-    if cfg.ask:
-        dtype = pick_dtype(cfg.dtype, device)
-        for name, (model, adapter) in systems.items():
-            print(f"--- {name}\n{answer(cfg, model, adapter, [cfg.ask], dtype, device, '', cfg.gate_threshold)[0]['text']}")
-        return
+def check_flags(cfg: Config, systems: dict[str, tuple[str, str]]) -> None:
+    """The mistakes that can be seen before anything is generated."""
     if not (cfg.out and (cfg.prompts or cfg.score_only)):
         raise UserError("give --out DIR and --prompts FILE [FILE ...]")
-    named = ("base_system", "refusal_system", "deliberative_system")
-    for flag in (*named, "gate_sweep"):
+    for flag in (*NAMED, "gate_sweep"):
         if (name := getattr(cfg, flag)) and name not in systems:
             raise UserError(f"--{flag} {name!r} is none of the --systems ({', '.join(systems)})")
     if cfg.token_budget and not cfg.gate_sweep:
         raise UserError("--token_budget is for choosing a threshold: it needs --gate_sweep NAME")
-    run, started = Path(cfg.out), time.time()
     for name in cfg.judge:
-        check_judge(name)  # a mistyped name must not cost the generation
-    dtype = pick_dtype(cfg.dtype, device)
-    records = [r for path in cfg.prompts for r in read_named(path)[: cfg.limit or None]]
-    if not cfg.score_only:
-        unique([(f"--prompts, {r.id.split('/')[0]}", r) for r in records])
-        models = [str(resolve(model)) for model, _ in systems.values()]
-        open_run(cfg, models + [a for _, a in systems.values() if a] + list(cfg.prompts), device, str(dtype))
-        if is_done(run):
-            print(glance(json.loads((run / "summary.json").read_text(encoding="utf-8"))))
-            return
+        check_judge(name)
 
-    def rows_of(label: str, name: str, threshold: float | None) -> list[dict]:
-        return answer_stage(cfg, run, label, *systems[name], records, dtype, device, threshold)
 
-    fixed = {getattr(cfg, flag) for flag in named}
-    by_system = {name: rows_of(name, name, None if name in fixed else cfg.gate_threshold) for name in systems}
-    swept = [rows_of(f"{cfg.gate_sweep}+{how}", cfg.gate_sweep, t) for how, t in (("opened", 0.0), ("direct", 2.0))] if cfg.gate_sweep else []
-    judges = list(cfg.judge)
-    score([row for rows in [*by_system.values(), *swept] for row in rows], judges, dtype, device)
-    if cfg.base_system:
-        vulnerable = {row["id"]: is_vulnerable(row, judges[0]) for row in by_system[cfg.base_system]}
-        for row in (row for rows in by_system.values() for row in rows):
-            row["vulnerable"] = vulnerable[row["id"]]
-    write_jsonl(run / "rows.jsonl", [row for rows in by_system.values() for row in rows])
-
-    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))  # how the rows were made, also with --score_only
-    made = manifest["config"]
+def summary_of(cfg: Config, run: Path, systems: dict[str, tuple[str, str]], by_system: dict[str, list[dict]], swept: list[list[dict]]) -> dict:
+    """Step 3: everything that summary.json holds, from rows with verdicts."""
+    manifest, judges = json.loads((run / "manifest.json").read_text(encoding="utf-8")), list(cfg.judge)
+    made = manifest["config"]  # how the rows were made, also with --score_only
     decoding = f"greedy, at most {made['max_new_tokens']} new tokens" if not made["temperature"] else (
         f"T = {made['temperature']}, top_p = {made['top_p']}, at most {made['max_new_tokens']} new tokens")
-    decoding += "" if made.get("gate_threshold") is None else f", gate threshold {made['gate_threshold']:g}"
+    decoding += "" if made["gate_threshold"] is None else f", gate threshold {made['gate_threshold']:g}"
     trained = {name: training_of(adapter or model) for name, (model, adapter) in systems.items()}
     attacks = {part for _, records in trained.values() for r in records if r.attack for part in r.attack.split("+")}
     summary = {"systems": {}, "overhead_reduction": reductions(cfg, by_system), "breakdown": breakdown(by_system, judges[0], attacks),
@@ -241,9 +216,46 @@ def main(cfg: Config) -> None:
             summary["systems"][name]["gate_auroc"] = auroc(gates[True], gates[False])
     if swept:
         summary["gate"] = gate_numbers(cfg, by_system, *swept, judges[0])
-        write_text(run / "gate.svg", gate_svg(summary["gate"]))
+    return summary
+
+
+def main(cfg: Config) -> None:
+    systems = parse_systems(cfg.systems)
+    device = pick_device(cfg.device)
+    if cfg.ask:
+        dtype = pick_dtype(cfg.dtype, device)
+        for name, (model, adapter) in systems.items():
+            print(f"--- {name}\n{answer(cfg, model, adapter, [cfg.ask], dtype, device, '', cfg.gate_threshold)[0]['text']}")
+        return
+    check_flags(cfg, systems)
+    run, started, dtype = Path(cfg.out), time.time(), pick_dtype(cfg.dtype, device)
+    records = [r for path in cfg.prompts for r in read_named(path)[: cfg.limit or None]]
+    if not cfg.score_only:
+        unique([(f"--prompts, {r.id.split('/')[0]}", r) for r in records])
+        models = [str(resolve(model)) for model, _ in systems.values()]
+        open_run(cfg, models + [a for _, a in systems.values() if a] + list(cfg.prompts), device, str(dtype))
+        if is_done(run):
+            print(glance(json.loads((run / "summary.json").read_text(encoding="utf-8"))))
+            return
+
+    def rows_of(label: str, name: str, threshold: float | None) -> list[dict]:
+        return answer_stage(cfg, run, label, *systems[name], records, dtype, device, threshold)
+
+    fixed = {getattr(cfg, flag) for flag in NAMED}
+    by_system = {name: rows_of(name, name, None if name in fixed else cfg.gate_threshold) for name in systems}
+    swept = [rows_of(f"{cfg.gate_sweep}+{how}", cfg.gate_sweep, t) for how, t in (("opened", 0.0), ("direct", 2.0))] if cfg.gate_sweep else []
+    score([row for rows in [*by_system.values(), *swept] for row in rows], list(cfg.judge), dtype, device)
+    if cfg.base_system:
+        vulnerable = {row["id"]: is_vulnerable(row, cfg.judge[0]) for row in by_system[cfg.base_system]}
+        for row in (row for rows in by_system.values() for row in rows):
+            row["vulnerable"] = vulnerable[row["id"]]
+    write_jsonl(run / "rows.jsonl", [row for rows in by_system.values() for row in rows])
+
+    summary = summary_of(cfg, run, systems, by_system, swept)
     write_text(run / "summary.json", json.dumps(summary, indent=2) + "\n")
     write_text(run / "report.md", markdown_report(summary))
+    if swept:
+        write_text(run / "gate.svg", gate_svg(summary["gate"]))
     print(glance(summary))
     finish(run, started, rows=sum(map(len, by_system.values())))
 
