@@ -72,7 +72,7 @@ def command(script, cfg) -> list[str]:
     flags = []
     for f in fields(cfg):
         value = getattr(cfg, f.name)
-        if value not in ("", (), []):
+        if value not in ("", (), [], None):
             flags += [f"--{f.name}", *map(str, value if isinstance(value, list | tuple) else [str(value).lower() if isinstance(value, bool) else value])]
     return [sys.executable, f"{script.__name__}.py", *flags]
 
