@@ -15,6 +15,9 @@ from ease.model import CausalLM, KVCache
 from ease.records import UserError
 
 
+PREFILL_TOKENS = 8192  # padded tokens of one prefill
+
+
 @dataclass
 class Generation:
     """One response. ids: without the stop token; finished: it stopped by itself; gate: g(q), nan without a marker."""
@@ -104,6 +107,7 @@ def generate(model: CausalLM, prompts: list[list[int]], max_new_tokens: int, sto
     noise = torch.stack([row_uniforms(seed, i, max_new_tokens + len(marker)) for i in range(len(prompts))]) if temperature else None
     closed: dict[int, list[float]] = {}  # row -> p_1 .. p_m, while it must not open and has written nothing but the marker's start
     busy: list[int] = []  # slot -> row
+    filling = False  # a refill goes on until the slots are full: rows of like length together, PREFILL_TOKENS at a time
     bar = tqdm(total=len(prompts), desc=progress, unit="row", disable=not progress)
     clock = time.perf_counter()
 
@@ -135,9 +139,10 @@ def generate(model: CausalLM, prompts: list[list[int]], max_new_tokens: int, sto
         clock = now
 
     while waiting or busy:
-        first, free = len(busy), slots - len(busy)
-        if waiting and (not busy or free * 4 >= slots):
-            busy += [waiting.pop() for _ in range(min(free, len(waiting)))]
+        if waiting and (not busy or filling and len(busy) < slots or (slots - len(busy)) * 4 >= slots):
+            first, room = len(busy), max(1, PREFILL_TOKENS // (len(prompts[waiting[-1]]) + len(marker)))
+            busy += [waiting.pop() for _ in range(min(slots - first, len(waiting), room))]
+            filling = True
             logits = prefill(model, cache, [prompts[r] for r in busy[first:]], first, marker)  # (n, m + 1, V)
             start = logits[:, 0].clone()  # (n, V)
             if marker:
@@ -150,6 +155,7 @@ def generate(model: CausalLM, prompts: list[list[int]], max_new_tokens: int, sto
                         closed[row] = chances[k]
             take(first, start)
             continue
+        filling = False
         token = torch.tensor([[out[r].ids[-1]] for r in busy], device=model.device)  # (n, 1)
         where = torch.tensor([[len(prompts[r]) + len(out[r].ids) - 1] for r in busy], device=model.device)  # (n, 1): its position
         hidden = model.hidden(token, cache, 0, where, span=int(where.max()) + 1)  # (n, 1, D)

@@ -23,6 +23,17 @@ def greedy_alone(prompt: list[int], n: int, stop: frozenset[int]) -> tuple[list[
     return ids[len(prompt) :], False
 
 
+@pytest.mark.parametrize("tokens", [1, 13, 40])
+def test_prefills_of_any_size_change_nothing(monkeypatch, tokens):
+    """One row at a time, or a few of like length, until the slots are full."""
+    sizes, real = [], module.prefill
+    monkeypatch.setattr(module, "prefill", lambda model, cache, rows, first, marker: sizes.append((len(rows), max(map(len, rows)))) or real(model, cache, rows, first, marker))
+    monkeypatch.setattr(module, "PREFILL_TOKENS", tokens)
+    found = [g.ids for g in generate(MODEL, PROMPTS, 5, frozenset(), slots=6)]
+    assert found == [greedy_alone(p, 5, frozenset())[0] for p in PROMPTS]
+    assert sum(n for n, _ in sizes) == len(PROMPTS) and all(n == 1 or n * longest <= tokens for n, longest in sizes)
+
+
 def test_sample():
     verify(module, "sample")
 
