@@ -168,8 +168,10 @@ class Attention(nn.Module):
             cache, layer, first, positions, mask = cached
             cache.write(layer, first, positions, k, v)
             k, v = cache.read(layer, first, B, mask.shape[-1])  # (B, K, S, d)
-        # Right padding needs no mask: a real position never looks to its right.
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+        if mask is not None and T == 1:  # decoding: the H / K queries of a key head become its rows, so that no key is repeated
+            out = F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, self.head_dim), k, v, attn_mask=mask).reshape(B, -1, 1, self.head_dim)
+        else:  # right padding needs no mask: a real position never looks to its right
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
 
