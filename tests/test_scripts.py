@@ -160,11 +160,11 @@ def test_gate_sweep_and_threshold(runs, tmp_path, capsys):
     assert curve[-1]["tokens"] == pytest.approx(sum(r["tokens"]["total"] for r in direct) / len(direct))
     assert (tmp_path / "dev/gate.svg").exists()
     verdicts = {r["id"]: (r["kind"], r["verdicts"]["target"]) for r in rows(tmp_path / "dev/rows.jsonl") if r["system"] == "base"}
-    attacked = [r["gate"] for r in own if verdicts[r["id"]][1] == "unsafe" and "harmful" in verdicts[r["id"]][0]]
-    others = [r["gate"] for r in own if "harmful" not in verdicts[r["id"]][0] or verdicts[r["id"]][1] == "safe"]
+    attacked = [r["gate"] for r in own if verdicts[r["id"]] == ("adversarial_harmful", "unsafe")]
+    others = [r["gate"] for r in own if verdicts[r["id"]][0] != "adversarial_harmful" or verdicts[r["id"]][1] == "safe"]
     assert attacked and others and summary["systems"]["ease"]["gate_auroc"] == pytest.approx(auroc(attacked, others))
     evaluate.main(replace(cfg, score_only=True, judge=["xstest"]))  # a judge by which every answered benign prompt is "unsafe": never vulnerable
-    assert not any(r["vulnerable"] for r in rows(tmp_path / "dev/rows.jsonl") if "benign" in r["kind"])
+    assert not any(r["vulnerable"] for r in rows(tmp_path / "dev/rows.jsonl") if r["kind"] != "adversarial_harmful")
     assert "## The gate of ease" in (tmp_path / "dev/report.md").read_text()
 
     gates = sorted(r["gate"] for r in own)
