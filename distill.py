@@ -181,7 +181,8 @@ def select_teacher(cfg: Config, run: Path, dtype, device: str) -> str:
     rows = [try_teacher(cfg, name, run / "teachers" / str(i), dtype, device) for i, name in enumerate(cfg.teachers, start=1)]
     chosen = choose_teacher(rows)
     if chosen is None:
-        raise UserError(f"no trace of any of the teachers was accepted; the reasons are in {run / 'teachers'}/*/rejected.jsonl")
+        raise UserError(f"none of the teachers can be chosen: no trace was accepted ({run / 'teachers'}/*/rejected.jsonl has the reasons), or no "
+                        "answer to --dev closed its think block (--teacher_steps, --max_new_tokens)")
     text = teacher_report(rows, chosen["teacher"])
     write_text(run / "teachers.json", json.dumps({"chosen": chosen["teacher"], "rows": rows}, indent=2) + "\n")
     write_text(run / "teachers.md", text)

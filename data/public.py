@@ -7,6 +7,7 @@ train   phase1.jsonl (STAR-1 traces), diagnostic.jsonl (other STAR-1 questions a
         refusals.jsonl (again other STAR-1 questions, plain, with a direct refusal), general.jsonl (tasks with their answers)
 test    xstest.jsonl (safe prompts), advbench.jsonl (plain), attacked.jsonl (the same under one attack each), attacked_new.jsonl (under
         attacks that no training set has), tasks.jsonl (held out) and lookalikes.jsonl (the same tasks under one attack each)
+dev     dev.jsonl (other AdvBench requests under one attack each, other safe prompts of XSTest), to choose a gate threshold on
 No text stands both in train and in test, and phase 1, D_diag and the refusals have different questions. (The tasks under attack are
 tasks of general.jsonl or tasks.jsonl, the attacked requests those of advbench.jsonl.) Attacked forms share the `group` of their plain form.
 """
@@ -42,6 +43,7 @@ class Config:
     test_safe: int = 60  # XSTest
     test_harmful: int = 40  # AdvBench
     test_tasks: int = 40  # tasks
+    dev: int = 24  # AdvBench requests, and as many safe prompts of XSTest
     seed: int = 0  # of all draws
 
 
@@ -61,8 +63,8 @@ def build(cfg: Config) -> dict[str, list[Record]]:
     rng = random.Random(f"public {cfg.seed}")
     star1 = draw(cfg.star1, read_records(cfg.star1), {"phase1": cfg.phase1, "questions": cfg.questions, "refusals": cfg.refusals}, rng)
     tasks = draw(cfg.seed_tasks, read_records(cfg.seed_tasks), {"test": cfg.test_tasks}, rng)
-    advbench = draw(cfg.advbench, read_records(cfg.advbench), {"test": cfg.test_harmful}, rng)["test"]
-    safe = draw(cfg.xstest, [r for r in read_records(cfg.xstest) if not r.harmful], {"test": cfg.test_safe}, rng)["test"]
+    advbench = draw(cfg.advbench, read_records(cfg.advbench), {"test": cfg.test_harmful, "dev": cfg.dev}, rng)
+    safe = draw(cfg.xstest, [r for r in read_records(cfg.xstest) if not r.harmful], {"test": cfg.test_safe, "dev": cfg.dev}, rng)
     plain = [replace(r, reasoning="", response="") for r in star1["questions"]]  # traces are joined by train.py, from cfg.star1
     if cfg.lookalikes > len(tasks["rest"]):
         raise UserError(f"--lookalikes {cfg.lookalikes}: only {len(tasks['rest'])} tasks are not in the test")
@@ -75,9 +77,10 @@ def build(cfg: Config) -> dict[str, list[Record]]:
         "diagnostic": [attack_record(r, a, cfg.seed) for r in plain + tasks["rest"][: cfg.lookalikes] for a in cfg.attacks],
         "refusals": [replace(r, reasoning="", response=REFUSAL) for r in star1["refusals"]],
         "general": tasks["rest"],
-        "xstest": safe, "advbench": advbench, "attacked": one_attack_each(advbench, cfg.attacks),
-        "attacked_new": one_attack_each(advbench, cfg.held_out_attacks),
+        "xstest": safe["test"], "advbench": advbench["test"], "attacked": one_attack_each(advbench["test"], cfg.attacks),
+        "attacked_new": one_attack_each(advbench["test"], cfg.held_out_attacks),
         "tasks": tasks["test"], "lookalikes": one_attack_each(tasks["test"], cfg.attacks),
+        "dev": one_attack_each(advbench["dev"], cfg.attacks) + safe["dev"],
     }
 
 

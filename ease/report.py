@@ -109,7 +109,8 @@ def teacher_report(rows: list[dict], chosen: str) -> str:
     for r in rows:
         dropped = ", ".join(f"{n} {reason}" for reason, n in r["rejected"].items()) or "none"
         before = [f"{r[k]:.3f}" if r[k] is not None else "-" for k in ("nll", "kl")]
-        mean = f"{50 * (r['asr']['value'] + r['over_refusal']['value']):.1f}" if r["asr"] else "-"
+        both = [x["value"] for x in (r["asr"], r["over_refusal"]) if x]
+        mean = f"{50 * sum(both):.1f}" if both and None not in both else "-"
         lines.append([r["teacher"] + (" (chosen)" if r["teacher"] == chosen else ""), f"{r['accepted']} of {r['prompts']}", dropped,
                       f"{r['tokens']:.1f}" if r["accepted"] else "-", *before, percent(r["asr"], True), percent(r["over_refusal"], True), mean])
     return "\n".join(["# Teachers", "", "The same prompts, steps and settings for all. NLL and KL: of the untouched student, per token of the accepted traces. ASR and "

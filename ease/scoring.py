@@ -229,12 +229,13 @@ def choose_threshold(curve: list[dict], token_budget: float = 0) -> dict | None:
 def choose_teacher(rows: list[dict]) -> dict | None:
     """The candidate after whose probe distillation the mean of dev ASR and over-refusal is lowest; a tie = the interval (mean of the
     two lower, mean of the two upper bounds) reaches below the best one's upper end; then the shortest traces. The paper's own
-    criterion is not public. A row has asr and over_refusal (rates) and tokens (a trace); None in asr: it distilled nothing.
+    criterion is not public. A row has asr and over_refusal (rates) and tokens (a trace). A candidate that distilled nothing (asr is None) or
+    whose student gave no answer that could be judged (no value) is not chosen.
     """
     def mean(row: dict, bound: str) -> float:
         return (row["asr"][bound] + row["over_refusal"][bound]) / 2
 
-    able = [r for r in rows if r["asr"] is not None]
+    able = [r for r in rows if r["asr"] is not None and None not in (r["asr"]["value"], r["over_refusal"]["value"])]
     if not able:
         return None
     best = min(able, key=lambda r: mean(r, "value"))

@@ -427,6 +427,8 @@ def check_choose_teacher(fn):
     assert fn([rambling, refuser, weak]) == rambling and fn([weak, refuser]) == weak  # 0.25 against 0.45: both count
     assert fn([row("a", 0.1, 0.1, 40, 0.001), row("b", 0.2, 0.1, 10, 0.001)])["teacher"] == "a"  # no tie: length does not matter
     assert fn([nothing]) is None
+    unjudged = {"value": None, "low": 0.0, "high": 1.0}  # of a student that never closes its think block
+    assert fn([{"teacher": "muted", "tokens": 5.0, "asr": unjudged, "over_refusal": unjudged}, weak]) == weak
 
 
 # ------------------------------------------------------------------------------------------------ attacks

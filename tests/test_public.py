@@ -26,7 +26,7 @@ def files(tmp_path):
 
 
 def config(files, out, **changes):
-    sizes = {"phase1": 8, "questions": 6, "refusals": 7, "lookalikes": 3, "test_safe": 5, "test_harmful": 4, "test_tasks": 5}
+    sizes = {"phase1": 8, "questions": 6, "refusals": 7, "lookalikes": 3, "test_safe": 5, "test_harmful": 4, "test_tasks": 5, "dev": 2}
     return public.Config(**vars(files), out=str(out), **{**sizes, **changes})
 
 
@@ -35,12 +35,13 @@ def test_sets_are_disjoint_and_complete(files, tmp_path):
     public.main(cfg)
     sets = {f.stem: read_records(f) for f in (tmp_path / "sets").iterdir()}
     assert {name: len(rs) for name, rs in sets.items()} == {
-        "phase1": 8, "diagnostic": 3 * (6 + 3), "refusals": 7, "general": 7, "xstest": 5, "advbench": 4, "attacked": 4, "attacked_new": 4, "tasks": 5, "lookalikes": 5}
+        "phase1": 8, "diagnostic": 3 * (6 + 3), "refusals": 7, "general": 7, "xstest": 5, "advbench": 4, "attacked": 4, "attacked_new": 4, "tasks": 5, "lookalikes": 5, "dev": 4}
     groups = {name: {r.request for r in rs} for name, rs in sets.items()}
     questions = {g for g in groups["diagnostic"] if g.startswith("s")}
     assert len(questions) == 6 and not questions & groups["phase1"] | groups["refusals"] & (questions | groups["phase1"])
     assert not groups["general"] & groups["tasks"] and groups["diagnostic"] - questions <= groups["general"]
     assert groups["attacked"] == groups["attacked_new"] == groups["advbench"] and groups["lookalikes"] == groups["tasks"]
+    assert not groups["dev"] & (groups["advbench"] | groups["xstest"]) and [r.kind for r in sets["dev"]] == ["adversarial_harmful"] * 2 + ["benign"] * 2
     assert all(r.reasoning for r in sets["phase1"]) and not any(r.reasoning for name, rs in sets.items() if name != "phase1" for r in rs)
     assert all(is_refusal(r.response) and r.kind == "harmful" for r in sets["refusals"]) and not any(r.harmful for r in sets["xstest"])
     assert {r.kind for r in sets["diagnostic"]} == {"adversarial_harmful", "adversarial_benign"} and {r.attack for r in sets["attacked"]} == set(cfg.attacks)
@@ -49,7 +50,7 @@ def test_sets_are_disjoint_and_complete(files, tmp_path):
     assert public.build(cfg) == sets != public.build(config(files, "x", seed=1))
 
 
-@pytest.mark.parametrize("changes, message", [({"questions": 20}, "35 records are wanted.*there are 30"), ({"test_safe": 8}, "there are 7"),
+@pytest.mark.parametrize("changes, message", [({"questions": 20}, "35 records are wanted.*there are 30"), ({"test_safe": 6}, "there are 7"),
                                               ({"lookalikes": 8}, "only 7 tasks are not in the test"), ({"attacks": ["nope"]}, "unknown attack 'nope'"),
                                               ({"held_out_attacks": ["role_play", "rot13"]}, "role_play stands in --attacks too")])
 def test_mistakes(files, tmp_path, changes, message):

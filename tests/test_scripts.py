@@ -327,7 +327,7 @@ def test_mistakes_in_distill(runs, world, tmp_path):
         ({"filler": True}, "--filler true .* needs --kl_weight 0"),
         ({"teachers": [world.base]}, "needs --prompts and --dev, and neither --teacher"), ({"cache_topk": 4, "kl_weight": 0.0}, "--cache_topk .* needs --kl_weight above 0"),
         ({"teacher": "", "teachers": [world.base], "dev": world.refusals}, "the teachers are compared on adversarial prompts"),
-        ({"teacher": "", "teachers": [world.base], "dev": world.dev, "teacher_prompts": 4}, "no trace of any of the teachers was accepted"),
+        ({"teacher": "", "teachers": [world.base], "dev": world.dev, "teacher_prompts": 4}, "none of the teachers can be chosen"),
         ({"traces": str(runs.out / "phase1/traces.jsonl"), "prompts": "", "held_out": 999}, "--held_out 999 leaves none"),
         ({"judge": "xstest", "attempts": 1, "max_new_tokens": 1}, "no trace of teacher .* was accepted"),
         ({"teacher": str(broken), "prompts": "", "traces": str(runs.out / "phase1/traces.jsonl")}, "tokenizers of --model and --teacher differ"),
