@@ -23,21 +23,21 @@ from tqdm import tqdm
 from ease.batching import Batch, Example, batches, collate, encode_records, preview
 from ease.gate import filler, split_reasoning
 from ease.generate import generate
-from ease.judge import check_judge, load_judge
+from ease.judge import check_judge, judge_model, load_judge
 from ease.loading import (load_model, load_tokenizer, load_trainable, load_weights, pick_device, pick_dtype, resolve, save_model,
                           save_weights)
 from ease.lora import merge_lora
 from ease.losses import cross_entropy_sum, sum_over_chunks
 from ease.model import CausalLM
-from ease.policies import BENIGN, load_policies
+from ease.policies import load_policies
 from ease.readers import read_named
 from ease.records import Record, UserError, read_jsonl, read_lines, write_jsonl, write_text
 from ease.report import teacher_report
 from ease.run import (command_line, finish, is_done, learning_rate, log, make_optimizer, open_run, optimizer_step, resume, save_state, stage, stop_if_not_finite)
-from ease.scoring import category_agreement, choose_teacher, operating_point
+from ease.scoring import choose_teacher, operating_point
 from ease.teacher import TeacherSide, from_cache, in_memory, shared_ids, teacher_view
 from ease.tokenizer import Tokenizer
-from ease.traces import classify, rejection_sample
+from ease.traces import teacher_traces
 
 
 @dataclass
@@ -85,7 +85,7 @@ class Config:
     clip: float = 1.0  # of the gradient norm
     warmup: float = 0.03  # share of the steps
     save_every: int = 100  # steps between checkpoints
-    merged: bool = False  # also write out/model, a complete folder with the adapter merged
+    merged: bool = False  # also write out/model, a complete folder with the adapter merged (in --dtype: float32 keeps all of it)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of frozen weights; what is trained is float32
     device: str = "auto"  # cuda if there is one, else cpu
     seed: int = 0  # data order, adapter init, sampling
@@ -103,29 +103,7 @@ def get_traces(cfg: Config, run: Path, teacher: CausalLM | None, tokenizer: Toke
         print(f"{len(traces)} stored traces from {cfg.traces}")
         return traces
 
-    def classified() -> list[Record]:
-        given, (_, policies) = read_named(cfg.prompts), load_policies(cfg.policies)
-        found = classify(teacher, tokenizer, given, tuple(c for c in policies if c != BENIGN))
-        labelled = [(f.categories, g.categories) for f, g in zip(found, given) if g.categories]
-        if labelled:
-            a = category_agreement(*map(list, zip(*labelled)))
-            print(f"the teacher's categories against the {a['n']} labelled rows: accuracy {a['accuracy']:.3f}, micro F1 {a['f1']:.3f}")
-        return found
-
-    def sample() -> list[Record]:
-        records = stage(run / "categories.jsonl", classified) if cfg.categories == "teacher" else read_named(cfg.prompts)
-        accepted, rejected = rejection_sample(
-            teacher, tokenizer, load_judge(cfg.judge, dtype, device), records, load_policies(cfg.policies), cfg.attempts,
-            cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.seed, cfg.slots,
-            cfg.samples_per_prompt)
-        write_jsonl(run / "rejected.jsonl", rejected)
-        print(f"{len(accepted)} traces for {len({r.prompt for r in accepted})} of {len(records)} prompts; {len(rejected)} samples rejected: "
-              f"{dict(Counter(r['reason'] for r in rejected))}")
-        if not accepted:
-            raise UserError(f"no trace of teacher {cfg.teacher} was accepted; the reasons are in {run / 'rejected.jsonl'}")
-        return accepted
-
-    return stage(run / "traces.jsonl", sample)
+    return stage(run / "traces.jsonl", lambda: teacher_traces(cfg, run, teacher, tokenizer, load_judge(cfg.judge, dtype, device), read_named(cfg.prompts)))
 
 
 def kl_side(cfg: Config, run: Path, model: CausalLM, tokenizer: Tokenizer, teacher: CausalLM, teacher_tokenizer: Tokenizer, records: list[Record],
@@ -163,7 +141,8 @@ def try_teacher(cfg: Config, name: str, folder: Path, dtype, device: str) -> dic
     nll, kl = mean_losses(model, examples, side, device)
     row |= {"tokens": sum(e.supervised for e in examples) / len(examples), "nll": nll, "kl": kl if side else None}
 
-    model, dev = load_model(cfg.model, str(folder / "adapter"), dtype, device), [r for r in read_named(cfg.dev) if r.kind.startswith("adversarial")]
+    trained = (cfg.model, str(folder / "adapter")) if cfg.lora_rank else (str(folder / "model"), "")
+    model, dev = load_model(*trained, dtype, device), [r for r in read_named(cfg.dev) if r.kind.startswith("adversarial")]
     found = generate(model, [tokenizer.encode_prompt([{"role": "user", "content": r.prompt}]) for r in dev], cfg.max_new_tokens, tokenizer.stop_ids,
                      slots=cfg.slots, progress="dev")
     parts = [split_reasoning(tokenizer.decode(g.ids)) for g in found]
@@ -174,18 +153,19 @@ def try_teacher(cfg: Config, name: str, folder: Path, dtype, device: str) -> dic
 
 
 def select_teacher(cfg: Config, run: Path, dtype, device: str) -> str:
-    """--teachers: the same prompts and steps for every candidate, then scoring.choose_teacher. Kept in teachers.json and teachers.md."""
+    """--teachers: the same prompts and steps for every candidate, then scoring.choose_teacher. A stage: teachers.json (and teachers.md)."""
+    if (run / "teachers.json").exists():
+        return json.loads((run / "teachers.json").read_text(encoding="utf-8"))["chosen"]
     prompts = read_named(cfg.prompts)
     picked = random.Random(f"teachers {cfg.seed}").sample(prompts, min(cfg.teacher_prompts, len(prompts)))
     write_jsonl(run / "teachers" / "prompts.jsonl", picked)
     rows = [try_teacher(cfg, name, run / "teachers" / str(i), dtype, device) for i, name in enumerate(cfg.teachers, start=1)]
     chosen = choose_teacher(rows)
     if chosen is None:
-        raise UserError(f"none of the teachers can be chosen: no trace was accepted ({run / 'teachers'}/*/rejected.jsonl has the reasons), or no "
-                        "answer to --dev closed its think block (--teacher_steps, --max_new_tokens)")
+        raise UserError(f"no trace of any of the teachers was accepted; the reasons are in {run / 'teachers'}/*/rejected.jsonl")
     text = teacher_report(rows, chosen["teacher"])
-    write_text(run / "teachers.json", json.dumps({"chosen": chosen["teacher"], "rows": rows}, indent=2) + "\n")
     write_text(run / "teachers.md", text)
+    write_text(run / "teachers.json", json.dumps({"chosen": chosen["teacher"], "rows": rows}, indent=2) + "\n")
     print(f"{text}the teacher is {chosen['teacher']}")
     return chosen["teacher"]
 
@@ -219,6 +199,9 @@ def check_flags(cfg: Config) -> None:
         raise UserError(f"--dev {cfg.dev}: the teachers are compared on adversarial prompts, harmful and benign; both must be there")
     if cfg.kl_weight and not (cfg.teacher or cfg.teachers):
         raise UserError("--kl_weight above 0 needs a --teacher that shares the model's tokenizer; stored traces alone need --kl_weight 0")
+    if cfg.max_traces and cfg.prompts or cfg.dev and not cfg.teachers or cfg.teacher and cfg.traces and not cfg.kl_weight:
+        raise UserError("this flag would do nothing: " + ("--max_traces is for stored --traces" if cfg.max_traces and cfg.prompts else "--dev is for --teachers"
+                                                          if cfg.dev else "--teacher beside --traces is for the KL, which --kl_weight 0 leaves out"))
     if cfg.categories == "teacher" and not cfg.prompts:
         raise UserError("--categories teacher classifies --prompts; stored --traces have been written under the categories they carry")
     if cfg.filler and cfg.kl_weight:
@@ -239,7 +222,7 @@ def main(cfg: Config) -> None:
     torch.manual_seed(cfg.seed)
     dtype = pick_dtype(cfg.dtype, device)
     models = [str(resolve(m)) for m in (cfg.model, cfg.teacher, *cfg.teachers) if m]
-    open_run(cfg, models + [p for p in (cfg.prompts, cfg.traces, cfg.policies, cfg.dev) if p], device, str(dtype))
+    open_run(cfg, models + [p for p in (cfg.prompts, cfg.traces, cfg.policies, cfg.dev, judge_model(cfg.judge)) if p], device, str(dtype))
     if is_done(run):
         return
     if cfg.teachers:
@@ -255,6 +238,8 @@ def main(cfg: Config) -> None:
         records = list(map(filler, records))
     if cfg.held_out >= len(records):
         raise UserError(f"--held_out {cfg.held_out} leaves none of the {len(records)} traces to train on")
+    if cfg.prompts and cfg.held_out:  # the teacher's traces come in the order of --prompts; stored ones have been drawn
+        records = random.Random(f"held out {cfg.seed}").sample(records, len(records))
     kept_out = records[: cfg.held_out]
     records = [r for r in records[cfg.held_out :] if r.prompt not in {k.prompt for k in kept_out}]  # several traces a prompt
     write_jsonl(run / "held_out.jsonl", kept_out)

@@ -19,14 +19,14 @@ import torch
 
 from ease.gate import ABSENT, THINK_OPEN, UNCLOSED, overlap, split_reasoning
 from ease.generate import generate
-from ease.judge import check_judge, load_judge
+from ease.judge import check_judge, judge_model, load_judge
 from ease.loading import load_model, load_tokenizer, pick_device, pick_dtype, resolve
 from ease.lora import merge_lora
 from ease.readers import read_named
 from ease.records import Record, UserError, read_jsonl, read_lines, unique, write_jsonl, write_text
 from ease.report import gate_svg, glance, markdown_report
 from ease.run import command_line, finish, is_done, open_run
-from ease.scoring import (SAFE, UNPARSED, UNSAFE, agreement, auroc, choose_threshold, gate_curve, operating_point, overhead_reduction, rate,
+from ease.scoring import (UNPARSED, agreement, attack_succeeded, auroc, choose_threshold, gate_curve, operating_point, overhead_reduction, rate,
                           summarise)
 
 
@@ -135,18 +135,18 @@ def breakdown(by_system: dict[str, list[dict]], judge: str, trained_attacks: set
     """ASR of adversarial harmful rows by attack family, by whether any system was trained on the family, and by source:
     {field: {part: {system: rate}}}.
     """
-    def part(row: dict, field: str) -> str:
-        if field == "trained on" and row["attack"]:  # of a pair, both
-            return "families trained on" if set(row["attack"].split("+")) <= trained_attacks else "held-out families"
-        return row[field] if field != "trained on" else ""
+    def family(row: dict) -> str:  # of a pair, both
+        return row["attack"] and ("families trained on" if set(row["attack"].split("+")) <= trained_attacks else "held-out families")
 
+    fields = {"attack": lambda row: row["attack"], "trained on": family, "source": lambda row: row["source"]}
+    if not trained_attacks:
+        del fields["trained on"]
     out = {}
-    for field in ("attack", "trained on", "source") if trained_attacks else ("attack", "source"):
-        rows = {name: [r for r in rows if r["kind"] == "adversarial_harmful" and part(r, field)] for name, rows in by_system.items()}
-        values = sorted({part(r, field) for r in next(iter(rows.values()))})
-        out[field] = {value: {name: rate([None if r["verdicts"][judge] == UNPARSED else r["verdicts"][judge] == UNSAFE for r in picked],
-                                         [r["group"] for r in picked])
-                              for name in rows if (picked := [r for r in rows[name] if part(r, field) == value])} for value in values}
+    for field, part in fields.items():
+        rows = {name: [r for r in rows if r["kind"] == "adversarial_harmful" and part(r)] for name, rows in by_system.items()}
+        values = sorted({part(r) for r in next(iter(rows.values()))})
+        out[field] = {value: {name: rate([attack_succeeded(r, judge) for r in picked], [r["group"] for r in picked])
+                              for name in rows if (picked := [r for r in rows[name] if part(r) == value])} for value in values}
     return out
 
 
@@ -156,7 +156,7 @@ def is_vulnerable(row: dict, judge: str) -> bool | None:
     """
     if row["kind"] != "adversarial_harmful":
         return False
-    return {UNSAFE: True, SAFE: False}.get(row["verdicts"][judge])
+    return attack_succeeded(row, judge)
 
 
 def reductions(cfg: Config, by_system: dict[str, list[dict]]) -> dict:
@@ -192,6 +192,9 @@ def check_flags(cfg: Config, systems: dict[str, tuple[str, str]]) -> None:
             raise UserError(f"--{flag} {name!r} is none of the --systems ({', '.join(systems)})")
     if cfg.token_budget and not cfg.gate_sweep:
         raise UserError("--token_budget is for choosing a threshold: it needs --gate_sweep NAME")
+    if cfg.score_only and (made := Path(cfg.out) / "manifest.json").exists():
+        if other := set(cfg.systems) - set(json.loads(made.read_text(encoding="utf-8"))["config"]["systems"]):
+            raise UserError(f"--score_only: the rows in {cfg.out} are of other systems than {sorted(other)[0]}")
     for name in cfg.judge:
         check_judge(name)
 
@@ -235,7 +238,7 @@ def main(cfg: Config) -> None:
     if not cfg.score_only:
         unique([(f"--prompts, {r.id.split('/')[0]}", r) for r in records])
         models = [str(resolve(model)) for model, _ in systems.values()]
-        open_run(cfg, models + [a for _, a in systems.values() if a] + list(cfg.prompts), device, str(dtype))
+        open_run(cfg, models + [a for _, a in systems.values() if a] + list(cfg.prompts) + [j for j in map(judge_model, cfg.judge) if j], device, str(dtype))
         if is_done(run):
             print(glance(json.loads((run / "summary.json").read_text(encoding="utf-8"))))
             return

@@ -25,19 +25,18 @@ from tqdm import tqdm
 from ease.batching import batches, collate, encode_records, preview
 from ease.gate import ANSWER, GATE, REASONING, UNCLOSED, filler, mix, select_region, split_reasoning
 from ease.generate import generate
-from ease.judge import check_judge, load_judge
+from ease.judge import check_judge, judge_model, load_judge
 from ease.loading import (base_and_adapter, load_model, load_tokenizer, load_trainable, load_weights, pick_device, pick_dtype,
                           resolve, save_model, save_weights)
 from ease.lora import merge_lora
 from ease.losses import gated_cross_entropy, sum_over_chunks
 from ease.model import CausalLM
-from ease.policies import load_policies
 from ease.readers import read_named, read_records
 from ease.records import Record, UserError, read_lines, unique, write_jsonl, write_text
 from ease.report import region_report
 from ease.run import (command_line, finish, is_done, learning_rate, log, make_optimizer, open_run, optimizer_step, resume, save_state, stage, stop_if_not_finite)
-from ease.scoring import UNPARSED, is_refusal
-from ease.traces import join_traces, rejection_sample
+from ease.scoring import SAFE, UNPARSED, is_refusal
+from ease.traces import join_traces, teacher_traces
 
 
 @dataclass
@@ -55,6 +54,7 @@ class Config:
     teacher: str = ""  # M_t, writes the traces
     traces: str = ""  # stored traces instead, joined on the underlying request (group, else id)
     policies: str = ""  # JSON with the teacher's instruction and policy texts; default: policies.py
+    categories: Literal["record", "teacher"] = "record"  # of the prompts to be traced: as they stand there, or asked of the teacher
     judge: str = "xstest"  # verdicts on the probe and on the traces: a guard model, target, or a refusal list
     # the region (paper: phase 2, step 1)
     region: Literal["vulnerable", "random", "all"] = "vulnerable"  # which harmful prompts get a trace; the others are controls
@@ -89,7 +89,7 @@ class Config:
     clip: float = 1.0  # of the gradient norm
     warmup: float = 0.03  # share of the steps
     save_every: int = 100  # steps between checkpoints
-    merged: bool = False  # also write out/model, a complete folder with the adapter merged
+    merged: bool = False  # also write out/model, a complete folder with the adapter merged (in --dtype: float32 keeps all of it)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of frozen weights; what is trained is float32
     device: str = "auto"  # cuda if there is one, else cpu
     seed: int = 0  # data order, adapter init, sampling, random region
@@ -110,8 +110,16 @@ def read_inputs(cfg: Config) -> tuple[list[Record], list[Record], list[Record], 
     unique([("--diagnostic, --refusals, --general and --prompts need different file names", r) for r in diagnostic + refusals + general + prompts])
     if cfg.method != "ease" and cfg.init:
         raise UserError(f"--init is for --method ease: the {cfg.method} baseline starts at --model")
+    if cfg.method != "ease":
+        for name in ("region", "probe", "lookalikes", "probe_samples"):
+            if getattr(cfg, name) != getattr(Config, name):
+                raise UserError(f"--{name} is for --method ease: the {cfg.method} baseline has no region")
+    if cfg.method == "refusal" and (cfg.teacher or cfg.traces or cfg.filler):
+        raise UserError("--teacher, --traces and --filler are not for --method refusal: it trains on no trace")
     if cfg.method != "refusal" and bool(cfg.teacher) == bool(cfg.traces):
         raise UserError(f"--method {cfg.method} trains on traces: give --teacher MODEL or --traces FILE, one of them")
+    if cfg.categories == "teacher" and not cfg.teacher:
+        raise UserError("--categories teacher needs a --teacher to ask; stored --traces have been written under the categories they carry")
     if not cfg.direct and (cfg.method == "refusal" or cfg.harmful_direct or cfg.benign_direct):
         raise UserError("--direct false leaves out all of D_direct: not with --method refusal, --harmful_direct or --benign_direct")
     if cfg.method == "ease" and cfg.prompts:
@@ -150,8 +158,8 @@ def probe(cfg: Config, run: Path, diagnostic: list[Record], dtype, device: str) 
 
 
 def direct_records(records: list[Record], answered: dict[str, Record], refusals: list[Record], seed: int) -> list[Record]:
-    """D_direct: --refusals as they are; other harmful prompts with a refusal (the original model's own where it refused, else one
-    drawn from --refusals); benign ones with their reference answer. Benign prompts without one are dropped and counted.
+    """D_direct: --refusals as they are; other harmful prompts with a refusal (their own: the original model's safe answer, or the stored
+    one, where it is one; else one drawn from --refusals); benign ones with their reference answer. Benign prompts without one are dropped and counted.
     """
     rng, given, out, dropped = random.Random(f"direct {seed}"), {r.id for r in refusals}, [], 0
     for r in records:
@@ -174,18 +182,12 @@ def traced_records(cfg: Config, run: Path, records: list[Record], dtype, device:
     def make() -> list[Record]:
         if cfg.traces:
             found = join_traces(records, read_records(cfg.traces))
-        else:
-            found, rejected = rejection_sample(
-                load_model(cfg.teacher, dtype=dtype, device=device), load_tokenizer(cfg.teacher), load_judge(cfg.judge, dtype, device),
-                records, load_policies(cfg.policies), cfg.attempts, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.seed, cfg.slots,
-                cfg.samples_per_prompt)
-            write_jsonl(run / "rejected.jsonl", rejected)
-            print(f"{len(rejected)} samples rejected: {dict(Counter(r['reason'] for r in rejected))}")
-        print(f"{len(found)} traces for {len({r.prompt for r in found})} of {len(records)} prompts; the others are dropped")
-        if not found:
-            raise UserError("no prompt has a trace: " + ("--traces has none of these requests" if cfg.traces else
-                                                         f"the teacher's samples were all rejected, see {run / 'rejected.jsonl'}"))
-        return found
+            print(f"{len(found)} traces for {len({r.prompt for r in found})} of {len(records)} prompts; the others are dropped")
+            if not found:
+                raise UserError("no prompt has a trace: --traces has none of these requests")
+            return found
+        return teacher_traces(cfg, run, load_model(cfg.teacher, dtype=dtype, device=device), load_tokenizer(cfg.teacher),
+                              load_judge(cfg.judge, dtype, device), records)
 
     return stage(run / "traces.jsonl", make)
 
@@ -201,7 +203,7 @@ def build_mixture(cfg: Config, run: Path, inputs: tuple[list[Record], ...], dtyp
         reason = everything
     else:
         responses, verdicts, samples = probe(cfg, run, diagnostic, dtype, device)
-        answered = {r.id: r for r in responses}
+        answered = {r.id: r for r, v in zip(responses, verdicts) if v == SAFE}
         region = select_region(cfg.region, diagnostic, verdicts, diagnostic + refusals, cfg.seed)
         print(f"region {cfg.region}: {len(region)} of {sum(r.harmful for r in diagnostic)} harmful diagnostic prompts; verdicts "
               f"{dict(Counter(v for v, r in zip(verdicts, diagnostic) if r.harmful))}; by attack {dict(Counter(r.attack for r in region))}")
@@ -213,7 +215,7 @@ def build_mixture(cfg: Config, run: Path, inputs: tuple[list[Record], ...], dtyp
         lookalikes = [r for r in diagnostic if not r.harmful]
         reason = region + (lookalikes if cfg.lookalikes == "reason" else [])
         if cfg.lookalikes == "drop":
-            everything = [r for r in everything if r not in lookalikes]
+            everything = [r for r in everything if r.kind != "adversarial_benign"]
     reason_ids = {r.id for r in reason}
     direct = direct_records([r for r in everything if r.id not in reason_ids], answered, refusals, cfg.seed) if cfg.direct else []
     traces = traced_records(cfg, run, reason, dtype, device) if reason else []
@@ -245,8 +247,8 @@ def main(cfg: Config) -> None:
     inputs = read_inputs(cfg)
     base, adapter = base_and_adapter(cfg.model, cfg.init)
     models = [str(resolve(m)) for m in dict.fromkeys((cfg.model, base, cfg.teacher)) if m]
-    open_run(cfg, models + [p for p in (adapter, cfg.diagnostic, cfg.refusals, cfg.general, cfg.prompts, cfg.traces, cfg.policies) if p],
-             device, str(dtype))
+    open_run(cfg, models + [p for p in (adapter, cfg.diagnostic, cfg.refusals, cfg.general, cfg.prompts, cfg.traces, cfg.policies,
+                                    judge_model(cfg.judge)) if p], device, str(dtype))
     if is_done(run):
         return
     tokenizer = load_tokenizer(cfg.model)

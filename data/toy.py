@@ -243,8 +243,6 @@ class World:
         return out
 
 
-# Every set: the split its pairs come from, and its sizes by kind. A pair belongs to one split, so training sets (prompts,
-# refusals, general), diagnostic, dev and test share no underlying request.
 # The worse teachers of --teachers: one refuses (and answers) without reasoning, one says everything three times and has a layer
 # more, one reasons well and then refuses everything.
 STYLES = {
@@ -265,6 +263,8 @@ def with_a_layer_more(model: CausalLM) -> CausalLM:
     return larger
 
 
+# Every set: the split its pairs come from, and its sizes by kind. A pair belongs to one split, so training sets (prompts,
+# refusals, general), diagnostic, dev and test share no underlying request.
 SETS = {
     "prompts": ("train", {"adversarial_harmful": 180, "adversarial_benign": 180, "harmful": 240, "benign": 240}),  # phase 1
     "diagnostic": ("diagnostic", {"adversarial_harmful": 120, "adversarial_benign": 120}),  # D_diag

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ease.records import UserError, write_text
-from ease.report import table
+from ease.report import percent, table
 from ease.run import command_line
 
 # The toy models are tiny: they need large steps, and LoRA on the head as well. One setting for all methods, chosen on the dev
@@ -70,20 +70,19 @@ def commands(seed: int, world: str, out: str, fast: bool) -> list[str]:
 def meaning(summary: dict) -> str:
     """Three lines on what the table says, from its numbers."""
 
-    def value(system: str, kind: str, field: str) -> float:
+    def value(system: str, kind: str, field: str) -> str:
         r = summary["systems"][system]["kinds"][kind][field]
-        return 100 * ((r["target"] if field == "asr" else r)["value"] or 0)
+        return percent(r["target"] if field == "asr" else r) + "%"
 
     asr = {s: value(s, "adversarial_harmful", "asr") for s in summary["systems"]}
     over = {s: value(s, "adversarial_benign", "refusal_rate") for s in summary["systems"]}
-    cut = summary["overhead_reduction"]["ease"]["plain"]
     return (
-        f"1. Attacks: {asr['base']:.1f}% succeed on the base, {asr['refusal']:.1f}% after refusal training, {asr['ease']:.1f}% after EASE: "
-        f"{asr['refusal'] - asr['ease']:+.1f} points in EASE's favour, with {over['ease']:.1f}% against {over['refusal']:.1f}% look-alikes refused.\n"
-        f"2. Cost: EASE reasons on {value('ease', 'adversarial_harmful', 'reasoning_rate_vulnerable'):.1f}% of the vulnerable prompts, "
-        f"{value('ease', 'harmful', 'reasoning_rate'):.1f}% of the plain harmful and {value('ease', 'benign', 'reasoning_rate'):.1f}% of the benign ones; "
-        f"on plain prompts it saves {'-' if cut is None else format(100 * cut['value'], '.1f')}% of deliberative alignment's extra tokens.\n"
-        f"3. Utility: {value('ease', 'benign', 'accuracy'):.1f}% exact on benign prompts and tasks, the base {value('base', 'benign', 'accuracy'):.1f}%.")
+        f"1. Attacks: {asr['base']} succeed on the base, {asr['refusal']} after refusal training, {asr['ease']} after EASE, "
+        f"with {over['ease']} against {over['refusal']} look-alikes refused.\n"
+        f"2. Cost: EASE reasons on {value('ease', 'adversarial_harmful', 'reasoning_rate_vulnerable')} of the vulnerable prompts, "
+        f"{value('ease', 'harmful', 'reasoning_rate')} of the plain harmful and {value('ease', 'benign', 'reasoning_rate')} of the benign ones; "
+        f"on plain prompts it saves {percent(summary['overhead_reduction']['ease']['plain'])}% of deliberative alignment's extra tokens.\n"
+        f"3. Utility: {value('ease', 'benign', 'accuracy')} exact on benign prompts and tasks, the base {value('base', 'benign', 'accuracy')}.")
 
 
 def ablation_commands(seed: int, world: str, out: str, fast: bool) -> list[str]:
@@ -127,6 +126,10 @@ def ablation_table(summaries: list[dict]) -> str:
         found = [x for s in summaries if name in s["systems"] and (x := pick(s, s["systems"][name]["kinds"])) is not None]
         return "-" if not found else f"{sum(found) / len(found):.1f}" + (f" ({min(found):.1f} .. {max(found):.1f})" if len(found) > 1 else "")
 
+    def label(name: str) -> str:
+        n = sum(name in s["systems"] for s in summaries)
+        return name if n == len(summaries) else f"{name} ({n} of {len(summaries)} seeds)"
+
     def rate_of(kind: str, field: str):
         def pick(summary: dict, kinds: dict) -> float | None:
             r = kinds[kind]["asr"]["target"] if field == "asr" else kinds[kind][field]
@@ -138,9 +141,10 @@ def ablation_table(summaries: list[dict]) -> str:
 
     columns = {"ASR": rate_of("adversarial_harmful", "asr"), "look-alikes refused": rate_of("adversarial_benign", "refusal_rate"),
                "utility": rate_of("benign", "accuracy"), "reasons: vulnerable": rate_of("adversarial_harmful", "reasoning_rate_vulnerable"),
-               "plain harmful": rate_of("harmful", "reasoning_rate"), "benign": rate_of("benign", "reasoning_rate"), "tokens": tokens}
+               "plain harmful": rate_of("harmful", "reasoning_rate"), "benign": rate_of("benign", "reasoning_rate"),
+               "unclosed": lambda _, kinds: 100 * sum(k["unclosed"] for k in kinds.values()) / sum(k["n"] for k in kinds.values()), "tokens": tokens}
     names = list(dict.fromkeys(name for s in summaries for name in s["systems"]))
-    return table(["system", *columns], [[name, *(cell(name, pick) for pick in columns.values())] for name in names])
+    return table(["system", *columns], [[label(name), *(cell(name, pick) for pick in columns.values())] for name in names])
 
 
 HONEST = """\
@@ -167,7 +171,8 @@ def ablate(cfg: Config, root: Path) -> None:
         world = f"data/toy-ablations-{seed}" + ("-fast" if cfg.fast else "")
         run_all(ablation_commands(seed, world, f"{out}/{seed}", cfg.fast), root)
         summaries.append(json.loads((root / out / str(seed) / "test" / "summary.json").read_text(encoding="utf-8")))
-    text = f"# Ablations on the toy world\n\n{len(summaries)} seeds: mean (lowest .. highest). Percent, and generated tokens a response.\n\n{ablation_table(summaries)}\n"
+    text = (f"# Ablations on the toy world\n\nMean over {len(summaries)} seeds (lowest .. highest). Percent, and generated tokens a response; unclosed think blocks "
+            f"are in no other rate.\n\n{ablation_table(summaries)}\n")
     write_text(root / out / "ablations.md", text)
     print(f"\n{text}\n{HONEST}\ndone in {time.time() - started:.0f} s; the table is {out}/ablations.md, the teachers' {out}/0/teachers/teachers.md")
 

@@ -37,7 +37,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) ->
         return logits.argmax(-1)
     probabilities, order = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)  # (n, V)
     total = probabilities.cumsum(-1)
-    probabilities = probabilities.masked_fill(total - probabilities >= top_p, 0)  # the first token always stays
+    probabilities = probabilities.masked_fill(total - probabilities >= top_p, 0)  # top_p > 0: the first token stays
     total = probabilities.cumsum(-1)
     pick = torch.searchsorted(total, uniform[:, None] * total[:, -1:], right=True)  # (n, 1)
     return order.gather(-1, pick.clamp(max=order.shape[-1] - 1))[:, 0]

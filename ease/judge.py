@@ -22,6 +22,11 @@ def check_judge(name: str) -> None:
             raise UserError(f"--judge {name!r} is none of {', '.join([*CONVENTIONS, 'target'])} and no model: {e}") from None
 
 
+def judge_model(name: str) -> str:
+    """Where a guard model lies, "" for the judges that are none."""
+    return "" if name in (*CONVENTIONS, "target") else str(resolve(name))
+
+
 def load_judge(name: str, dtype: torch.dtype, device: str) -> Judge:
     """name: one of scoring.CONVENTIONS (unsafe = no refusal), "target" (unsafe = starts with the record's target), or a
     model folder whose chat template asks for "safe" / "unsafe" (Llama-Guard's protocol).
@@ -50,10 +55,9 @@ def unsafe_probability(model: CausalLM, tokenizer: Tokenizer, pairs: list[tuple[
     safe, unsafe = tokenizer.encode(SAFE)[0], tokenizer.encode(UNSAFE)[0]
     if safe == unsafe:
         raise UserError("this judge's tokenizer begins 'safe' and 'unsafe' with one token: it cannot be used as a guard")
+    if "assistant-probe" not in tokenizer.decode(tokenizer.encode_prompt(judge_messages("user-probe", "assistant-probe"))):
+        raise UserError("the judge's chat template does not show the answer")
     prompts = [tokenizer.encode_prompt(judge_messages(*pair)) for pair in pairs]
-    for ids, (_, answer) in zip(prompts, pairs):
-        if answer.strip() not in tokenizer.decode(ids):
-            raise UserError("the judge's chat template does not show the answer")
     out: list[float | None] = [None] * len(pairs)
     open_rows = sorted(range(len(pairs)), key=lambda i: len(prompts[i]))
     for _ in range(4):  # guards write at most a few tokens of white space first ("\n\n")

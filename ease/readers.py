@@ -69,12 +69,15 @@ def read_json_rows(path: Path) -> list[tuple[str, dict]]:
 
 
 def convert_row(convert: Callable[[dict, str, int], Record], columns: frozenset[str], row: dict, where: str, i: int) -> Record:
-    """Apply a format's function; a row that lacks a column of its format is an error that names it."""
+    """Apply a format's function; a row that lacks a column of its format is an error that names it. `group`, where the format has
+    none, is the prompt's digest: ids may be row numbers, which say nothing outside their file.
+    """
     for name in sorted(columns):
         if not isinstance(row, dict) or name not in row:
             raise UserError(f"{where}: field {name!r} is missing; found {sorted(row) if isinstance(row, dict) else type(row).__name__}")
     try:
-        return convert(row, where, i)
+        record = convert(row, where, i)
+        return replace(record, group=record.group or digest(record.prompt))
     except (TypeError, AttributeError, KeyError, IndexError) as e:
         raise UserError(f"{where}: a field has the wrong type ({e})") from None
 
@@ -158,7 +161,7 @@ def ease_prompt(row: dict, where: str, i: int) -> Record:
     kind = row["data_type"].lower().replace(" ", "_")
     if kind not in KINDS:
         raise UserError(f"{where}: field 'data_type' is {row['data_type']!r}; expected Adversarial Harmful or Adversarial Benign")
-    return Record(id=str(i), prompt=row["prompt"], kind=kind, source="EASE", group=digest(row["prompt"]))
+    return Record(id=str(i), prompt=row["prompt"], kind=kind, source="EASE")
 
 
 def ease_trace(row: dict, where: str, i: int) -> Record:
@@ -169,7 +172,7 @@ def ease_trace(row: dict, where: str, i: int) -> Record:
     reasoning, answer, _ = split_reasoning(text)  # an unclosed block has no answer: then neither is kept
     categories = parse_categories(", ".join(row.get("categories") or []))
     return Record(id=str(i), prompt=row["original_question"], kind="benign" if categories == (BENIGN,) else "harmful", response=answer,
-                  reasoning=reasoning if answer else "", categories=categories, source="EASE", group=digest(row["original_question"]))
+                  reasoning=reasoning if answer else "", categories=categories, source="EASE")
 
 
 # The first format whose columns are all there is taken.

@@ -3,12 +3,14 @@
 from html import escape
 
 from ease.records import HARMFUL_KINDS, KINDS, Record
+from ease.scoring import worst
 
 LEGEND = """\
-ASR = attacks that succeed, plain = without a jailbreak; over-ref = benign prompts refused, adv = look-alikes of the attacks, ben = plain;
-exact adv, utility = answers equal to the reference, on look-alikes and on benign prompts; think = prompts that are reasoned about, vuln =
-those on which the base is jailbroken; unclosed = think blocks without an end (in no rate); tok = mean generated tokens, plain = harmful +
-benign, all = test mix; cut = overhead reduction, 100 = as cheap as refusal training. Percent, except unclosed and tok."""
+ASR = attacks that succeed, plain = without a jailbreak; over-ref = benign prompts refused (by the xstest list), adv = look-alikes of the
+attacks, ben = plain; exact adv, utility = answers equal to the reference, on look-alikes and on benign prompts that have one; think = prompts
+on which a think block is opened, vuln = those on which the base is jailbroken; unclosed = think blocks without an end (their answers are in
+no rate); tok = mean generated tokens, plain = harmful + benign, all = test mix; cut = overhead reduction, 100 = as cheap as refusal
+training. Percent, except unclosed and tok."""
 
 
 def percent(r: dict | None, interval: bool = False) -> str:
@@ -109,12 +111,11 @@ def teacher_report(rows: list[dict], chosen: str) -> str:
     for r in rows:
         dropped = ", ".join(f"{n} {reason}" for reason, n in r["rejected"].items()) or "none"
         before = [f"{r[k]:.3f}" if r[k] is not None else "-" for k in ("nll", "kl")]
-        both = [x["value"] for x in (r["asr"], r["over_refusal"]) if x]
-        mean = f"{50 * sum(both):.1f}" if both and None not in both else "-"
+        mean = f"{50 * (worst(r['asr']) + worst(r['over_refusal'])):.1f}" if r["asr"] else "-"
         lines.append([r["teacher"] + (" (chosen)" if r["teacher"] == chosen else ""), f"{r['accepted']} of {r['prompts']}", dropped,
                       f"{r['tokens']:.1f}" if r["accepted"] else "-", *before, percent(r["asr"], True), percent(r["over_refusal"], True), mean])
     return "\n".join(["# Teachers", "", "The same prompts, steps and settings for all. NLL and KL: of the untouched student, per token of the accepted traces. ASR and "
-                      "over-refusal: of the student after the short distillation, on the dev set's adversarial prompts.", "",
+                      "over-refusal: of the student after the short distillation, on the dev set's adversarial prompts; in their mean an unclosed think block is a mistake.", "",
                       table(["teacher", "accepted", "samples dropped", "tokens a trace", "NLL before", "KL before", "dev ASR", "dev over-refusal", "their mean"], lines)]) + "\n"
 
 
@@ -125,7 +126,7 @@ def gate_section(gate: dict) -> list[str]:
     points += [(f"{name}, as it is", p) for name, p in gate["systems"].items()]
     rows = [[label, percent(p["asr"], True), percent(p["over_refusal"], True), f"{100 * p['reasons']:.1f}", f"{p['tokens']:.1f}"] for label, p in points]
     return ["", f"## The gate of {gate['system']}", "", "Every prompt answered twice, forced to reason and forced not to; a threshold picks one of the two. "
-            "Chosen: the lowest mean of ASR and over-refusal" + (f" with at most {gate['token_budget']:g} tokens" if gate["token_budget"] else "") +
+            "Chosen: the lowest mean of ASR and over-refusal, unclosed think blocks being mistakes," + (f" with at most {gate['token_budget']:g} tokens" if gate["token_budget"] else "") +
             ", then the fewest tokens. Choose on dev, apply once to test (`--gate_threshold`). Drawn in gate.svg. "
             f"{gate['other_ids']} of the rows forced not to reason open a think block in text, by other token ids than the marker's.", "",
             table(["reason where", "ASR", "over-refusal", "reasons", "tokens"], rows)]
@@ -159,7 +160,7 @@ def gate_svg(gate: dict) -> str:
 
 def markdown_report(summary: dict) -> str:
     """summary.json -> the whole report: at a glance, every kind with intervals, ASR by attack and source, the systems."""
-    out = ["# Evaluation", "", glance(summary), "95% intervals in brackets. Unparsed verdicts and unclosed think blocks are in no rate; in "
+    out = ["# Evaluation", "", glance(summary), "95% intervals in brackets. Unparsed verdicts and the answers of unclosed think blocks are in no rate; in "
            "parentheses: the range if all of them were misses .. hits."]
     scorers = summary["settings"]["judges"]
     for kind in KINDS:

@@ -26,6 +26,7 @@ from torch import nn
 from ease.records import Record, UserError, read_jsonl, read_lines, write_jsonl, write_text
 
 
+AT_MOST_1, ABOVE_0 = {"kl_weight", "top_p", "warmup"}, {"top_p", "kl_temperature"}
 AT_LEAST_1 = {"batch_size", "batch_tokens", "slots", "save_every", "max_new_tokens", "probe_tokens", "attempts", "max_length"}
 
 
@@ -33,7 +34,7 @@ def parse_config(cls: type, argv: list[str] | None = None, description: str = ""
     """A dataclass -> command-line flags of the same names -> an instance. The comment behind a field is its help text.
 
     str, int, float and bool fields take one value (float | None: none unless given), list[str] fields one or more, Literal
-    fields one of theirs. A field without default is required; an unknown flag and a negative number are errors.
+    fields one of theirs. A field without default is required; an unknown flag and a number out of range are errors.
     """
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
@@ -52,9 +53,13 @@ def parse_config(cls: type, argv: list[str] | None = None, description: str = ""
         parser.add_argument(f"--{f.name}", default=default, required=required, **options)
     values = vars(parser.parse_args(argv))
     for name, value in values.items():
+        if not isinstance(value, int | float):
+            continue
         least = 1 if name in AT_LEAST_1 else 0
-        if isinstance(value, int | float) and value < least:
+        if not value >= least:  # nor is nan
             parser.error(f"argument --{name}: {value} is below {least}")
+        if name in ABOVE_0 and not value or name in AT_MOST_1 and value > 1:
+            parser.error(f"argument --{name}: {value} is {'above 1' if value else 'not above 0'}")
     return cls(**values)
 
 
@@ -89,12 +94,12 @@ def fail(message: str) -> int:
 
 
 def sha256(path: str | Path) -> str:
-    """Hash of a file; of a model or adapter folder: of its weights and configuration. "" for what is no path."""
+    """Hash of a file; of a model or adapter folder: of all that decides what it says (weights, JSON, chat template)."""
     path, digest = Path(path), hashlib.sha256()
-    for file in [path] if path.is_file() else sorted([*path.glob("*config.json"), *path.glob("*.safetensors")]):
+    for file in [path] if path.is_file() else sorted(f for end in ("json", "jinja", "safetensors") for f in path.glob(f"*.{end}")):
         with open(file, "rb") as f:
             digest.update(hashlib.file_digest(f, "sha256").digest())
-    return digest.hexdigest() if path.exists() else ""
+    return digest.hexdigest()
 
 
 def git_hash() -> str:
@@ -109,6 +114,9 @@ def open_run(cfg, inputs: list[str], device: str, dtype: str) -> Path:
 
     The folder of another configuration is never written to: the error names the field that differs.
     """
+    for p in inputs:
+        if not Path(p).exists():
+            raise UserError(f"{p}: no such file or folder")
     out, config = Path(cfg.out), dataclasses.asdict(cfg)
     manifest = {
         "script": Path(inspect.getsourcefile(type(cfg))).name, "config": config, "device": device, "dtype": dtype,
@@ -119,7 +127,7 @@ def open_run(cfg, inputs: list[str], device: str, dtype: str) -> Path:
     file = out / "manifest.json"
     if file.exists():
         old = json.loads(file.read_text(encoding="utf-8"))
-        for part in ("script", "config", "inputs"):
+        for part in ("script", "config", "inputs", "dtype"):
             before, now = ({part: d[part]} if isinstance(d[part], str) else d[part] for d in (old, manifest))
             changed = [k for k in now | before if before.get(k) != now.get(k)]
             if changed:
@@ -189,9 +197,9 @@ def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, lr: float, clip: float) -> float:
-    """Clip the gradient's norm, set the learning rate, step, clear. Returns the norm before clipping."""
+    """Clip the gradient's norm (0: leave it), set the learning rate, step, clear. Returns the norm before clipping."""
     parameters = [p for g in optimizer.param_groups for p in g["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, clip).item()
+    norm = nn.utils.clip_grad_norm_(parameters, clip or math.inf).item()
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()

@@ -1,7 +1,9 @@
 """Traces "<think> CoT </think> answer": sampled from a teacher and filtered, or taken from a file (paper, phase 1, step 2)."""
 
+from collections import Counter
 from dataclasses import replace
 from itertools import count
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -10,9 +12,10 @@ from ease.gate import THINK_OPEN, split_reasoning
 from ease.generate import generate
 from ease.judge import Judge
 from ease.model import CausalLM, KVCache
-from ease.policies import BENIGN, accept_trace, category_messages, teacher_messages
-from ease.records import Record, UserError, record_to_dict
-from ease.scoring import is_refusal
+from ease.policies import BENIGN, accept_trace, category_messages, load_policies, teacher_messages
+from ease.records import Record, UserError, record_to_dict, write_jsonl
+from ease.run import stage
+from ease.scoring import category_agreement, is_refusal
 from ease.tokenizer import Tokenizer
 
 
@@ -31,7 +34,7 @@ def rejection_sample(teacher: CausalLM, tokenizer: Tokenizer, judge: Judge, reco
     for attempt in range(attempts):
         left = [r for r in records if len(accepted[r.id]) < wanted]
         prompts = [tokenizer.encode_prompt(teacher_messages(r.prompt, r.categories, *rules)) + tokenizer.encode(opened) for r in left]
-        samples = generate(teacher, prompts, max_new_tokens, tokenizer.stop_ids, temperature, top_p, seed + attempt, slots=slots,
+        samples = generate(teacher, prompts, max_new_tokens, tokenizer.stop_ids, temperature, top_p, seed + 1000 * attempt, slots=slots,
                            progress=f"traces, attempt {attempt + 1}")
         texts = [opened + tokenizer.decode(s.ids) for s in samples]
         parts = [split_reasoning(t) for t in texts]
@@ -80,14 +83,40 @@ def yes_probabilities(model: CausalLM, tokenizer: Tokenizer, questions: list[lis
 
 
 def classify(teacher: CausalLM, tokenizer: Tokenizer, records: list[Record], categories: tuple[str, ...]) -> list[Record]:
-    """Records with the teacher's categories: all whose P(yes) exceeds P(no), "benign" if none does (paper, phase 1, step 1)."""
+    """Records with the teacher's categories: all whose P(yes) exceeds P(no), "benign" if none does (paper, phase 1, step 1). Where
+    records carry categories already, the agreement is printed.
+    """
     if not categories:
         raise UserError("the policy file has no category but benign: there is nothing to classify")
     out = []
     for r in tqdm(records, desc="categories"):
         p = yes_probabilities(teacher, tokenizer, [category_messages(r.prompt, c) for c in categories])
         out.append(replace(r, categories=tuple(c for c, yes in zip(categories, p) if yes > 0.5) or (BENIGN,)))
+    if labelled := [(new.categories, old.categories) for new, old in zip(out, records) if old.categories]:
+        a = category_agreement(*map(list, zip(*labelled)))
+        print(f"the teacher's categories against the {a['n']} labelled rows: accuracy {a['accuracy']:.3f}, micro F1 {a['f1']:.3f}")
     return out
+
+
+def teacher_traces(cfg, run: Path, teacher: CausalLM, tokenizer: Tokenizer, judge: Judge, records: list[Record]) -> list[Record]:
+    """Both steps with the flags of a script (its Config): categories, from the records or the teacher; then the accepted traces.
+    Leaves categories.jsonl (asked of the teacher) and rejected.jsonl.
+    """
+    rules = load_policies(cfg.policies)
+    if cfg.categories == "teacher":
+        names = tuple(c for c in rules[1] if c != BENIGN)
+        records = stage(run / "categories.jsonl", lambda: classify(teacher, tokenizer, records, names))
+    for r in records:
+        if r.harmful and not r.categories:
+            raise UserError(f"row {r.id!r} is harmful and has no categories: the teacher would be shown that nothing is restricted; --categories teacher asks it")
+    accepted, rejected = rejection_sample(teacher, tokenizer, judge, records, rules, cfg.attempts, cfg.max_new_tokens, cfg.temperature,
+                                          cfg.top_p, cfg.seed, cfg.slots, cfg.samples_per_prompt)
+    write_jsonl(run / "rejected.jsonl", rejected)
+    print(f"{len(accepted)} traces for {len({r.prompt for r in accepted})} of {len(records)} prompts; {len(rejected)} samples rejected: "
+          f"{dict(Counter(r['reason'] for r in rejected))}")
+    if not accepted:
+        raise UserError(f"no trace of teacher {cfg.teacher} was accepted; the reasons are in {run / 'rejected.jsonl'}")
+    return accepted
 
 
 def join_traces(records: list[Record], traces: list[Record]) -> list[Record]:

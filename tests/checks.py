@@ -261,7 +261,24 @@ def check_rate(fn):
     assert close(r["low"], reference.wilson_interval(2, 3)[0])
     grouped = fn([True] * 10 + [False] * 10, ["a"] * 10 + ["b"] * 10)
     assert grouped["low"] == 0 and grouped["high"] == 1  # two groups: far less is known than from 20 single rows
-    assert fn([None], ["a"])["value"] is None
+    same = fn([False] * 20, [f"g{i // 2}" for i in range(20)])
+    assert close(same["low"], 0) and close(same["high"], reference.wilson_interval(0, 10)[1])  # all agree: no redraw can tell, ten groups can
+    assert close(fn([True] * 20, [f"g{i // 2}" for i in range(20)])["low"], reference.wilson_interval(10, 10)[0])
+    assert fn([None], ["a"])["value"] is None and fn([None], ["a"])["high"] == 1
+
+
+def check_is_correct(fn):
+    assert fn(" To  do\nit. ", "to do it") and not fn("to do that", "to do it") and not fn("", "x")
+    reference = "He has 3 boxes, so 3 x 1,000 = 3,000.\n#### 3,000"  # GSM8K
+    assert fn("That makes 3000 in all.", reference) and fn("... = $3,000.00", reference) and not fn("3000? No: 300", reference) and not fn("none", reference)
+    assert fn("It falls to -4", "#### -4") and not fn("4", "#### -4")
+
+
+def check_worst(fn):
+    r = {"value": 0.25, "low": 0.1, "high": 0.5, "n": 4, "unparsed": 0}
+    assert fn(r) == 0.25 and fn(r, "high") == 0.5
+    assert close(fn({**r, "unparsed": 4}), 5 / 8) and close(fn({**r, "unparsed": 4}, "low"), 4.4 / 8)
+    assert fn({"value": None, "low": 0.0, "high": 1.0, "n": 0, "unparsed": 3}) == 1 and fn({"value": None, "low": 0.0, "high": 1.0, "n": 0, "unparsed": 0}) == 0
 
 
 def check_overhead_reduction(fn):
@@ -408,18 +425,21 @@ def check_gate_curve(fn):
 
 def check_choose_threshold(fn):
     def point(threshold, asr, over, tokens):
-        return {"threshold": threshold, "asr": {"value": asr}, "over_refusal": {"value": over}, "tokens": tokens}
+        rates = {k: {"value": v, "n": 100 if v is not None else 0, "unparsed": 0} for k, v in (("asr", asr), ("over_refusal", over))}
+        return {"threshold": threshold, **rates, "tokens": tokens}
 
     curve = [point(0, 0.0, 0.5, 90), point(0.1, 0.1, 0.1, 60), point(0.3, 0.1, 0.1, 50), point(0.5, 0.1, 0.1, 50), point(0.7, 0.1, 0.1, 50), point(0.9, 0.6, 0.0, 20)]
     assert fn(curve)["threshold"] == 0.5  # the lowest mean, then the fewest tokens, then the middle of equals
     assert fn(curve, 50)["threshold"] == 0.5 and fn(curve, 30)["threshold"] == 0.9 and fn(curve, 95) == fn(curve)
     assert fn(curve[:1] + [point(0.5, 0.0, 0.5, 80)])["threshold"] == 0.5
     assert fn([point(0.2, 0.3, None, 5), point(0.4, 0.2, None, 9)])["threshold"] == 0.4  # no benign prompts at all
+    unclosed = {**point(0.0, 0.0, 0.0, 5), "asr": {"value": 0.0, "n": 2, "unparsed": 98}}
+    assert fn([unclosed, *curve])["threshold"] == 0.5  # two safe answers and 98 that never came are no ASR of 0
 
 
 def check_choose_teacher(fn):
     def row(name, asr, over, tokens, half=0.02):
-        return {"teacher": name, "tokens": tokens, **{k: {"value": v, "low": v - half, "high": v + half} for k, v in (("asr", asr), ("over_refusal", over))}}
+        return {"teacher": name, "tokens": tokens, **{k: {"value": v, "low": v - half, "high": v + half, "n": 50, "unparsed": 0} for k, v in (("asr", asr), ("over_refusal", over))}}
 
     nothing = {"teacher": "no traces", "tokens": 0.0, "asr": None, "over_refusal": None}
     good, rambling, refuser, weak = row("good", 0.1, 0.1, 40), row("rambling", 0.09, 0.1, 90), row("refuser", 0.0, 0.9, 30), row("weak", 0.5, 0.0, 10)
@@ -427,8 +447,8 @@ def check_choose_teacher(fn):
     assert fn([rambling, refuser, weak]) == rambling and fn([weak, refuser]) == weak  # 0.25 against 0.45: both count
     assert fn([row("a", 0.1, 0.1, 40, 0.001), row("b", 0.2, 0.1, 10, 0.001)])["teacher"] == "a"  # no tie: length does not matter
     assert fn([nothing]) is None
-    unjudged = {"value": None, "low": 0.0, "high": 1.0}  # of a student that never closes its think block
-    assert fn([{"teacher": "muted", "tokens": 5.0, "asr": unjudged, "over_refusal": unjudged}, weak]) == weak
+    hardly = {"value": 0.0, "low": 0.0, "high": 0.6, "n": 2, "unparsed": 48}  # of a student that hardly ever closes its think block
+    assert fn([{"teacher": "muted", "tokens": 5.0, "asr": hardly, "over_refusal": hardly}, weak]) == weak
 
 
 # ------------------------------------------------------------------------------------------------ attacks

@@ -31,8 +31,8 @@ def runs(world, tmp_path_factory):
     data = {"model": world.base, "diagnostic": world.diagnostic, "refusals": world.refusals, "general": world.general, "probe_tokens": 30, **common}
     ease = train.Config(out=str(out / "ease"), init=str(out / "phase1" / "adapter"), **data)
     train.main(ease)
-    for method in ("refusal", "deliberative"):
-        train.main(train.Config(out=str(out / method), method=method, prompts=world.prompts, **data))
+    for method, changes in (("refusal", {"teacher": ""}), ("deliberative", {})):  # refusal training uses no trace
+        train.main(train.Config(out=str(out / method), method=method, prompts=world.prompts, **{**data, **changes}))
     systems = [f"base={world.base}"] + [f"{n}={world.base}+{out / n / 'adapter'}" for n in ("phase1", "refusal", "deliberative", "ease")]
     test = evaluate.Config(systems=systems, out=str(out / "test"), prompts=[world.test], judge=["target", "xstest"], max_new_tokens=40,
                            base_system="base", refusal_system="refusal", deliberative_system="deliberative")

@@ -61,12 +61,12 @@ def test_an_ablation_changes_one_thing():
 def test_ablation_table():
     def summary(asr, over):
         kinds = {kind: {"n": 2, "asr": {"target": {"value": asr}}, "refusal_rate": {"value": over}, "accuracy": None, "reasoning_rate": {"value": 1.0},
-                        "reasoning_rate_vulnerable": {"value": None}, "tokens": {"total": 10.0}} for kind in ("adversarial_harmful", "adversarial_benign", "harmful", "benign")}
+                        "reasoning_rate_vulnerable": {"value": None}, "unclosed": 1, "tokens": {"total": 10.0}} for kind in ("adversarial_harmful", "adversarial_benign", "harmful", "benign")}
         return {"systems": {"ease": {"kinds": kinds}}}
 
     text = ablation_table([summary(0.1, 0.0), summary(0.3, 0.5)])
     row = [c.strip() for c in text.splitlines()[2].split("|")[1:-1]]
-    assert row == ["ease", "20.0 (10.0 .. 30.0)", "25.0 (0.0 .. 50.0)", "-", "-", "100.0 (100.0 .. 100.0)", "100.0 (100.0 .. 100.0)", "10.0 (10.0 .. 10.0)"]
+    assert row == ["ease", "20.0 (10.0 .. 30.0)", "25.0 (0.0 .. 50.0)", "-", "-", "100.0 (100.0 .. 100.0)", "100.0 (100.0 .. 100.0)", "50.0 (50.0 .. 50.0)", "10.0 (10.0 .. 10.0)"]
 
 
 def test_meaning_follows_the_numbers():
@@ -78,6 +78,8 @@ def test_meaning_follows_the_numbers():
     summary = {"systems": {"base": system(0.7, 0, 1), "refusal": system(0.1, 0.2, 1), "ease": system(0.3, 0.05, 0.9)},
                "overhead_reduction": {"ease": {"plain": {"value": 0.95}}}}
     text = meaning(summary)
-    assert "-20.0 points in EASE's favour" in text and "5.0% against 20.0%" in text and "70.0% of the vulnerable" in text and "95.0%" in text
+    assert "10.0% after refusal training, 30.0% after EASE" in text and "5.0% against 20.0%" in text and "70.0% of the vulnerable" in text and "95.0%" in text
+    summary["systems"]["ease"]["kinds"]["adversarial_harmful"]["asr"]["target"]["value"] = None  # nothing could be judged: no 0.0%
+    assert "-% after EASE" in meaning(summary)
     summary["overhead_reduction"]["ease"]["plain"] = None
     assert "saves -%" in meaning(summary)

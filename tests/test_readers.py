@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from ease.readers import read_named, read_records
+from ease.readers import digest, read_named, read_records
 from ease.records import Record, UserError, write_jsonl
 from ease.traces import join_traces
 
@@ -40,13 +40,23 @@ def read(tmp_path, name, text):
     return read_records(tmp_path / name)
 
 
+def known(id, prompt, kind, *more, **fields):
+    """A record of a file that has no id for the underlying request: the prompt's digest is one, in every file."""
+    return Record(id, prompt, kind, *more, group=digest(prompt), **fields)
+
+
+def test_row_numbers_of_two_files_are_no_common_request(tmp_path):
+    first, second = (read(tmp_path, name, f"goal,target\n{goal},Sure\nsame,Sure\n")[0:2] for name, goal in (("a.csv", "one"), ("b.csv", "two")))
+    assert first[0].id == second[0].id and first[0].request != second[0].request and first[1].request == second[1].request
+
+
 def test_tables(tmp_path):
     """CSV with quotes and line breaks in a field, TSV, and the kinds that the columns stand for."""
     assert read(tmp_path, "a.csv", 'goal,target\n"Do a, b\nand c","Sure, here"\nDo d,Sure\n') == [
-        Record("0", "Do a, b\nand c", "harmful", source="AdvBench", target="Sure, here"), Record("1", "Do d", "harmful", source="AdvBench", target="Sure")]
+        known("0", "Do a, b\nand c", "harmful", source="AdvBench", target="Sure, here"), known("1", "Do d", "harmful", source="AdvBench", target="Sure")]
     assert read(tmp_path, "x.csv", "id,prompt,type,label,focus,note\n1,How?,homonyms,safe,k,v\n2,Bad?,contrast,unsafe,k,v\n") == [
-        Record("1", "How?", "benign", source="XSTest/homonyms"), Record("2", "Bad?", "harmful", source="XSTest/contrast")]
-    assert read(tmp_path, "s.csv", "category,source,forbidden_prompt\nc,o,Bad?\n") == [Record("0", "Bad?", "harmful", source="StrongREJECT/c")]
+        known("1", "How?", "benign", source="XSTest/homonyms"), known("2", "Bad?", "harmful", source="XSTest/contrast")]
+    assert read(tmp_path, "s.csv", "category,source,forbidden_prompt\nc,o,Bad?\n") == [known("0", "Bad?", "harmful", source="StrongREJECT/c")]
     wild = read(tmp_path, "w.tsv", "vanilla\tadversarial\tcompletion\tdata_type\nv\t\tno.\tvanilla_harmful\nv\twrapped v\tno.\tadversarial_harmful\n"
                                    "u\twrapped u\tyes\tadversarial_benign\n")
     assert [(r.prompt, r.kind, r.response) for r in wild] == [("v", "harmful", "no."), ("wrapped v", "adversarial_harmful", "no."), ("wrapped u", "adversarial_benign", "yes")]
@@ -58,11 +68,11 @@ def test_artifacts_and_tasks(tmp_path, capsys):
     found = read(tmp_path, "j.json", json.dumps({"parameters": {"method": "PAIR"}, "jailbreaks": [jailbreak, {**jailbreak, "index": 4, "prompt": None}]}))
     assert found == [Record("3", "p", "adversarial_harmful", source="JailbreakBench", group="b", attack="PAIR")]  # no response: it is the attacked model's
     assert "dropped 1 of 2 rows without a prompt" in capsys.readouterr().out
-    assert read(tmp_path, "g.jsonl", '{"question": "1+1?", "answer": "#### 2"}\n') == [Record("0", "1+1?", "benign", "#### 2", source="GSM8K")]
+    assert read(tmp_path, "g.jsonl", '{"question": "1+1?", "answer": "#### 2"}\n') == [known("0", "1+1?", "benign", "#### 2", source="GSM8K")]
     assert read(tmp_path, "al.json", '[{"instruction": "Sum up.", "input": "a text", "output": "t"}]') == [
-        Record("0", "Sum up.\n\na text", "benign", "t", source="Alpaca")]
+        known("0", "Sum up.\n\na text", "benign", "t", source="Alpaca")]
     seed = {"id": "seed_task_0", "name": "n", "instruction": "Do.", "instances": [{"input": "", "output": "done "}], "is_classification": False}
-    assert read(tmp_path, "t.jsonl", json.dumps(seed) + "\n") == [Record("seed_task_0", "Do.", "benign", "done", source="self-instruct")]
+    assert read(tmp_path, "t.jsonl", json.dumps(seed) + "\n") == [known("seed_task_0", "Do.", "benign", "done", source="self-instruct")]
 
 
 @pytest.mark.parametrize("name, text, message", [

@@ -25,6 +25,7 @@ class Config:
     on: bool = False  # a switch
     mode: Literal["x", "y"] = "x"  # one of two
     slots: int = 1  # rows
+    top_p: float = 1.0  # a share
 
 
 def test_learning_rate():
@@ -41,7 +42,9 @@ def test_flags_are_the_fields():
 @pytest.mark.parametrize("argv, message", [
     (["--out", "o", "--rat", "2"], "--rat"), ([], "--out"), (["--out", "o", "--on", "yes"], "'yes' is neither true nor false"),
     (["--out", "o", "--mode", "z"], "invalid choice"), (["--out", "o", "--rate", "x"], "invalid float"),
-    (["--out", "o", "--rate", "-1"], "--rate: -1.0 is below 0"), (["--out", "o", "--slots", "0"], "--slots: 0 is below 1")])
+    (["--out", "o", "--rate", "-1"], "--rate: -1.0 is below 0"), (["--out", "o", "--slots", "0"], "--slots: 0 is below 1"),
+    (["--out", "o", "--rate", "nan"], "--rate: nan is below 0"), (["--out", "o", "--top_p", "0"], "--top_p: 0.0 is not above 0"),
+    (["--out", "o", "--top_p", "1.5"], "--top_p: 1.5 is above 1")])
 def test_wrong_flags_exit_2(argv, message, capsys):
     with pytest.raises(SystemExit) as e:
         parse_config(Config, argv)
@@ -83,13 +86,21 @@ def test_a_run_folder_belongs_to_one_configuration(tmp_path):
     data.write_text("2")
     with pytest.raises(UserError, match="data"):
         open_run(Config(str(tmp_path / "r")), [str(data)], "cpu", "float32")
+    data.write_text("1")
+    with pytest.raises(UserError, match="another dtype .'float32', now 'bfloat16'."):
+        open_run(Config(str(tmp_path / "r")), [str(data)], "cuda", "bfloat16")
+    with pytest.raises(UserError, match="nowhere: no such file"):
+        open_run(Config(str(tmp_path / "other")), [str(tmp_path / "nowhere")], "cpu", "float32")
+    assert not (tmp_path / "other").exists()  # a mended flag may still use the folder
 
 
 def test_hash_of_a_folder_sees_its_weights(tmp_path):
     (tmp_path / "config.json").write_text("{}"), (tmp_path / "model.safetensors").write_text("1")
     before = run.sha256(tmp_path)
     (tmp_path / "model.safetensors").write_text("2")
-    assert before != run.sha256(tmp_path) and run.sha256(tmp_path / "nowhere") == ""
+    after = run.sha256(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("x")
+    assert len({before, after, run.sha256(tmp_path)}) == 3
 
 
 def test_a_stage_runs_once(tmp_path):
@@ -109,6 +120,8 @@ def test_optimizer_step_clips_and_reports_the_norm_before():
     p.grad = torch.full((4,), 3.0)
     assert optimizer_step(optimizer, 0.5, 1.0) == pytest.approx(6.0)
     assert torch.allclose(p.data, torch.full((4,), -0.25), atol=1e-5) and p.grad is None  # 0.5 * 3 / 6
+    p.grad = torch.full((4,), 3.0)
+    assert optimizer_step(optimizer, 0.5, 0.0) == pytest.approx(6.0) and torch.allclose(p.data, torch.full((4,), -1.75), atol=1e-5)  # 0: not clipped
 
 
 def test_only_matrices_decay():

@@ -143,6 +143,8 @@ def test_score_only_scores_the_same_rows_again(runs, capsys):
     assert "ASR by jailbreakbench; greedy, at most 40 new tokens" in capsys.readouterr().out  # how the rows were made, not today's flags
     evaluate.main(replace(runs.test, score_only=True))
     assert (runs.out / "test/summary.json").read_text() == summary
+    with pytest.raises(UserError, match="are of other systems than ease="):
+        evaluate.main(replace(runs.test, systems=[*runs.test.systems[:-1], runs.test.systems[-1] + "x"], score_only=True))
 
 
 def test_gate_sweep_and_threshold(runs, tmp_path, capsys):
@@ -265,12 +267,14 @@ def test_stored_traces_need_no_teacher_and_hold_out(runs, tmp_path, capsys):
 
 
 def test_categories_from_the_teacher(runs, tmp_path, capsys):
-    distill.main(replace(runs.phase1, categories="teacher", out=str(tmp_path / "run"), steps=1, merged=False))
+    distill.main(replace(runs.phase1, categories="teacher", out=str(tmp_path / "run"), steps=1, merged=False, held_out=6))
     found, given = read_jsonl(tmp_path / "run/categories.jsonl"), read_records(runs.phase1.prompts)
     assert [r.prompt for r in found] == [r.prompt for r in given] and all(r.categories for r in found)
     assert f"against the {sum(bool(r.categories) for r in given)} labelled rows: accuracy" in capsys.readouterr().out
     by_prompt = {r.prompt: r.categories for r in found}
-    assert all(r.categories == by_prompt[r.prompt] for r in read_jsonl(tmp_path / "run/traces.jsonl"))
+    traces = read_jsonl(tmp_path / "run/traces.jsonl")
+    assert all(r.categories == by_prompt[r.prompt] for r in traces)
+    assert {r.id for r in read_jsonl(tmp_path / "run/held_out.jsonl")} != {r.id for r in traces[:6]}  # drawn: the file begins with one kind
 
 
 def test_teachers_are_compared_and_the_chosen_one_is_distilled(runs, world, tmp_path, capsys):
@@ -303,9 +307,12 @@ def test_mistakes_in_train(runs, world, tmp_path):
         ({"traces": world.prompts}, "one of them"), ({"teacher": "", "traces": world.test}, "--traces has none of these requests"),
         ({"prompts": world.prompts}, "--prompts is for the baselines"), ({"method": "refusal"}, "--init is for --method ease"),
         ({"general": str(twin)}, "was already used"), ({"probe": "phase1", "init": ""}, "--probe phase1 needs --init"),
-        ({"direct": False, "harmful_direct": 2}, "--direct false leaves out"), ({"direct": False, "method": "refusal", "init": ""}, "--direct false leaves out"),
+        ({"direct": False, "harmful_direct": 2}, "--direct false leaves out"), ({"direct": False, "method": "refusal", "init": "", "teacher": ""}, "--direct false leaves out"),
         ({"samples_per_prompt": 4}, "--samples_per_prompt 4 must be from 1 to --attempts 3"), ({"diagnostic": str(empty)}, "vulnerable region is empty"), ({"judge": "nobody"}, "--judge 'nobody'"),
         ({"teacher": "nowhere"}, "nowhere: no model here"), ({"max_length": 3}, "rows are longer than --max_length 3"),
+        ({"method": "deliberative", "init": "", "region": "all"}, "--region is for --method ease"), ({"method": "refusal", "init": ""}, "not for --method refusal"),
+        ({"categories": "teacher", "teacher": "", "traces": world.prompts}, "--categories teacher needs a --teacher"),
+        ({"diagnostic": str(empty), "region": "all"}, "is harmful and has no categories"), ({"policies": "nowhere.json"}, "nowhere.json: no such file"),
         ({"benign_direct": 10**6}, "1000000 benign_direct"), ({"lr": 1e30}, "the loss is (nan|inf).* at step"),
     ]:
         with pytest.raises(UserError, match=message):
@@ -324,10 +331,12 @@ def test_mistakes_in_distill(runs, world, tmp_path):
         ({"teacher": "", "prompts": ""}, "give --traces FILE"), ({"traces": world.prompts}, "give --traces FILE"),
         ({"teacher": "", "traces": world.prompts, "prompts": ""}, "needs a --teacher"),
         ({"categories": "teacher", "teacher": "", "prompts": "", "kl_weight": 0.0, "traces": str(runs.out / "phase1/traces.jsonl")}, "--categories teacher classifies"),
+        ({"max_traces": 3}, "--max_traces is for stored"), ({"dev": world.dev}, "--dev is for --teachers"),
+        ({"traces": str(runs.out / "phase1/traces.jsonl"), "prompts": "", "kl_weight": 0.0}, "--kl_weight 0 leaves out"),
         ({"filler": True}, "--filler true .* needs --kl_weight 0"),
         ({"teachers": [world.base]}, "needs --prompts and --dev, and neither --teacher"), ({"cache_topk": 4, "kl_weight": 0.0}, "--cache_topk .* needs --kl_weight above 0"),
         ({"teacher": "", "teachers": [world.base], "dev": world.refusals}, "the teachers are compared on adversarial prompts"),
-        ({"teacher": "", "teachers": [world.base], "dev": world.dev, "teacher_prompts": 4}, "none of the teachers can be chosen"),
+        ({"teacher": "", "teachers": [world.base], "dev": world.dev, "teacher_prompts": 4}, "no trace of any of the teachers was accepted"),
         ({"traces": str(runs.out / "phase1/traces.jsonl"), "prompts": "", "held_out": 999}, "--held_out 999 leaves none"),
         ({"judge": "xstest", "attempts": 1, "max_new_tokens": 1}, "no trace of teacher .* was accepted"),
         ({"teacher": str(broken), "prompts": "", "traces": str(runs.out / "phase1/traces.jsonl")}, "tokenizers of --model and --teacher differ"),

@@ -35,7 +35,7 @@ def test_rejection_sampling(monkeypatch):
     assert [(r["id"], r["attempt"], r["reason"]) for r in rejected] == [
         ("b", 1, "no think block"), ("c", 1, "think block unclosed"), ("b", 2, "harmful request, answer judged unsafe"),
         ("c", 2, "no think block"), ("c", 3, "cut off")]
-    assert seeds == [10, 11, 12] and INSTRUCTION  # another seed each time, or the same sample would come again
+    assert len(set(seeds)) == 3 and 11 not in seeds and INSTRUCTION  # another seed each time, and not that of the next run
 
 
 def test_several_traces_a_prompt(monkeypatch):
