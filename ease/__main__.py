@@ -34,37 +34,73 @@ class Config:
 
 # What each ablation changes: flags of phase 1 (None: the method's own phase 1 is used) and flags of phase 2.
 ABLATIONS = {
-    "random region": (None, "--region random"),
-    "all attacks": (None, "--region all"),
-    "probe of M_reason": (None, "--probe phase1"),
-    "no D_direct": (None, "--direct false"),
-    "look-alikes direct": (None, "--lookalikes direct"),
-    "look-alikes dropped": (None, "--lookalikes drop"),
+    "random region": (None, " --region random"),
+    "all attacks": (None, " --region all"),
+    "probe of M_reason": (None, " --probe phase1"),
+    "no D_direct": (None, " --direct false"),
+    "look-alikes direct": (None, " --lookalikes direct"),
+    "look-alikes dropped": (None, " --lookalikes drop"),
     "no phase 1": (None, ""),
-    "kl_weight 0": ("--kl_weight 0", ""),
-    "kl_weight 1": ("--kl_weight 1", ""),
-    "filler traces": ("--kl_weight 0 --filler true", "--filler true"),
+    "kl_weight 0": (" --kl_weight 0", ""),
+    "kl_weight 1": (" --kl_weight 1", ""),
+    "filler traces": (" --kl_weight 0 --filler true", " --filler true"),
 }
+
+
+@dataclass
+class Toy:
+    """The command of every stage, for one seed; `more` are further flags."""
+
+    seed: int
+    world: str  # where the toy world goes
+    out: str  # where the runs go
+    fast: bool
+
+    def __post_init__(self):
+        w = self.world
+        self.steps = 8 if self.fast else 80  # of either phase
+        self.rest = f"{TRAINING} --seed {self.seed}"
+        self.data = f"--diagnostic {w}/diagnostic.jsonl --refusals {w}/refusals.jsonl --general {w}/general.jsonl --probe_tokens 48"
+        self.baseline = f"--prompts {w}/prompts.jsonl --steps {2 * self.steps}"
+
+    def build(self, more: str = "") -> str:
+        small = " --steps 160 --teacher_steps 25 --judge_steps 10 --scale 0.1" if self.fast else ""
+        return f"-m data.toy --seed {self.seed} --out {self.world}{small}{more}"
+
+    def teacher(self, name: str = "teacher") -> str:
+        return f"--teacher {self.world}/{name} {self.judged()}"
+
+    def judged(self) -> str:
+        return f"--policies {self.world}/policies.json --judge target --max_new_tokens 64"
+
+    def phase1(self, name: str, teacher: str, more: str = "") -> str:
+        return f"distill.py --model {self.world}/base {teacher} --prompts {self.world}/prompts.jsonl --steps {self.steps} --out {self.out}/{name} {self.rest}{more}"
+
+    def ease(self, name: str, start: str, teacher: str, more: str = "") -> str:
+        """start: the run of phase 1 ("": there is none, and phase 2 gets its steps too)."""
+        init, steps = (f"--init {self.out}/{start}/adapter ", self.steps) if start else ("", 2 * self.steps)
+        return f"train.py --method ease --model {self.world}/base {init}{teacher} {self.data} --steps {steps} --out {self.out}/{name} {self.rest}{more}"
+
+    def refusal(self) -> str:
+        return f"train.py --method refusal --model {self.world}/base {self.data} {self.baseline} --out {self.out}/refusal {self.rest}"
+
+    def deliberative(self) -> str:
+        return f"train.py --method deliberative --model {self.world}/base {self.teacher()} {self.data} {self.baseline} --out {self.out}/deliberative {self.rest}"
+
+    def test(self, names: list[str], judges: str) -> str:
+        systems = " ".join(f"{name}={self.world}/base+{self.out}/{name}/adapter" for name in names)
+        return (f"evaluate.py --systems base={self.world}/base {systems} --prompts {self.world}/test.jsonl --judge {judges} --max_new_tokens 64 "
+                f"--base_system base --refusal_system refusal --deliberative_system deliberative --out {self.out}/test")
+
+
+COMPARED = ["phase1", "refusal", "deliberative", "ease"]
 
 
 def commands(seed: int, world: str, out: str, fast: bool) -> list[str]:
     """The recipe: world, phase 1, phase 2, the baselines, the comparison."""
-    phase1, phase2 = (8, 8) if fast else (80, 80)
-    build = f"data.toy --seed {seed} --out {world}" + (" --steps 160 --teacher_steps 25 --judge_steps 10 --scale 0.1" if fast else "")
-    teacher = f"--teacher {world}/teacher --policies {world}/policies.json --judge target --max_new_tokens 64"
-    data = f"--diagnostic {world}/diagnostic.jsonl --refusals {world}/refusals.jsonl --general {world}/general.jsonl --probe_tokens 48"
-    both = f"--prompts {world}/prompts.jsonl --steps {phase1 + phase2}"
-    systems = " ".join(f"{name}={world}/base+{out}/{name}/adapter" for name in ("phase1", "refusal", "deliberative", "ease"))
-    model, rest = f"--model {world}/base", f"{TRAINING} --seed {seed}"
-    return [
-        f"-m {build}",
-        f"distill.py {model} {teacher} --prompts {world}/prompts.jsonl --steps {phase1} --out {out}/phase1 {rest}",
-        f"train.py --method ease {model} --init {out}/phase1/adapter {teacher} {data} --steps {phase2} --out {out}/ease {rest}",
-        f"train.py --method refusal {model} {data} {both} --out {out}/refusal {rest}",
-        f"train.py --method deliberative {model} {teacher} {data} {both} --out {out}/deliberative {rest}",
-        f"evaluate.py --systems base={world}/base {systems} --prompts {world}/test.jsonl --judge target xstest {world}/judge --max_new_tokens 64 "
-        f"--base_system base --refusal_system refusal --deliberative_system deliberative --out {out}/test",
-    ]
+    toy = Toy(seed, world, out, fast)
+    return [toy.build(), toy.phase1("phase1", toy.teacher()), toy.ease("ease", "phase1", toy.teacher()), toy.refusal(), toy.deliberative(),
+            toy.test(COMPARED, f"target xstest {world}/judge")]
 
 
 def meaning(summary: dict) -> str:
@@ -89,31 +125,23 @@ def ablation_commands(seed: int, world: str, out: str, fast: bool) -> list[str]:
     """The recipe's runs, every ablation beside them, and one evaluation of all. On seed 0 also the four teachers: their comparison, and
     the whole method with each.
     """
-    build, phase1, ease, *baselines, _ = commands(seed, world, out, fast)
-    runs, names = [build, phase1, ease, *baselines], ["phase1", "refusal", "deliberative", "ease"]
-
-    def method(name: str, first: str | None, second: str, teacher: str = "teacher") -> None:
-        """Both phases with other flags (later ones win), as runs name-phase1 and name."""
-        start = f"{out}/phase1"
+    toy, (_, *runs, _) = Toy(seed, world, out, fast), commands(seed, world, out, fast)
+    names = list(COMPARED)
+    for label, (first, second) in ABLATIONS.items():
+        name = label.replace(" ", "-")
+        start = "" if label == "no phase 1" else "phase1" if first is None else f"{name}-phase1"
         if first is not None:
-            start = f"{out}/{name}-phase1"
-            runs.append(f"{phase1.replace(f'{world}/teacher ', f'{world}/{teacher} ')} {first} --out {start}")
-        init = f"--init {start}/adapter" if name != "no-phase-1" else f"--init= --steps {2 * int(ease.split('--steps ')[1].split()[0])}"
-        runs.append(f"{ease.replace(f'{world}/teacher ', f'{world}/{teacher} ')} {second} {init} --out {out}/{name}")
+            runs.append(toy.phase1(start, toy.teacher(), first))
+        runs.append(toy.ease(name, start, toy.teacher(), second))
         names.append(name)
-
-    for name, (first, second) in ABLATIONS.items():
-        method(name.replace(" ", "-"), first, second)
     if not seed:
         candidates = " ".join(f"{world}/{t}" for t in TEACHERS)
-        runs[0] += " --teachers true"
-        runs.append(f"{phase1.replace(f'--teacher {world}/teacher', f'--teachers {candidates} --dev {world}/dev.jsonl')} --out {out}/teachers")
-        for teacher in TEACHERS[1:]:
-            if teacher != "teacher_silent":  # not one of its traces is accepted: there is nothing to distil
-                method(teacher, "", "", teacher)
-    systems = " ".join(f"{name}={world}/base+{out}/{name}/adapter" for name in names)
-    return [*runs, f"evaluate.py --systems base={world}/base {systems} --prompts {world}/test.jsonl --judge target --max_new_tokens 64 --base_system base "
-            f"--refusal_system refusal --deliberative_system deliberative --out {out}/test"]
+        runs.append(toy.phase1("teachers", f"--teachers {candidates} --dev {world}/dev.jsonl {toy.judged()}"))
+        for name in TEACHERS[1:]:
+            if name != "teacher_silent":  # not one of its traces is accepted: there is nothing to distil
+                runs += [toy.phase1(f"{name}-phase1", toy.teacher(name)), toy.ease(name, f"{name}-phase1", toy.teacher(name))]
+                names.append(name)
+    return [toy.build("" if seed else " --teachers true"), *runs, toy.test(names, "target")]
 
 
 TEACHERS = ("teacher", "teacher_silent", "teacher_rambling", "teacher_cautious")
