@@ -207,7 +207,7 @@ def build_mixture(cfg: Config, run: Path, inputs: tuple[list[Record], ...], dtyp
         region = select_region(cfg.region, diagnostic, verdicts, diagnostic + refusals, cfg.seed)
         print(f"region {cfg.region}: {len(region)} of {sum(r.harmful for r in diagnostic)} harmful diagnostic prompts; verdicts "
               f"{dict(Counter(v for v, r in zip(verdicts, diagnostic) if r.harmful))}; by attack {dict(Counter(r.attack for r in region))}")
-        if not region:
+        if not region and cfg.probe == "base":  # where M_reason is probed for comparison, that is a result: nothing to reason about
             raise UserError("the vulnerable region is empty: the original model answered no diagnostic prompt unsafely; use stronger "
                             "attacks in --diagnostic, or another --judge")
         write_jsonl(run / "region.jsonl", region)

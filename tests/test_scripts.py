@@ -237,6 +237,11 @@ def test_probe_phase1_asks_the_other_model(runs, tmp_path):
     a, b = (Path(p) / "probe.jsonl" for p in (runs.out / "ease", tmp_path / "run"))
     assert [r["response"] for r in rows(a)] != [r["response"] for r in rows(b)]
 
+    safe = tmp_path / "diagnostic.jsonl"  # M_reason fails on nothing: it learns to reason on the look-alikes alone, and the run goes on
+    write_jsonl(safe, [replace(r, target="never said") for r in read_jsonl(runs.ease.diagnostic)])
+    train.main(replace(runs.ease, probe="phase1", diagnostic=str(safe), out=str(tmp_path / "safe"), steps=1))
+    assert rows(tmp_path / "safe/trained_on.jsonl") and {r.kind for r in read_jsonl(tmp_path / "safe/trained_on.jsonl") if r.reasoning} == {"adversarial_benign"}
+
 
 def test_sampled_probes_are_reported_and_change_no_region(runs, tmp_path):
     train.main(replace(runs.ease, probe_samples=2, temperature=1.0, out=str(tmp_path / "run"), steps=1))
