@@ -6,11 +6,11 @@ from ease.records import HARMFUL_KINDS, KINDS, Record
 from ease.scoring import worst
 
 LEGEND = """\
-ASR = attacks that succeed, plain = without a jailbreak; over-ref = benign prompts refused (by the xstest list), adv = look-alikes of the
-attacks, ben = plain; exact adv, utility = answers equal to the reference, on look-alikes and on benign prompts that have one; think = prompts
-on which a think block is opened, vuln = those on which the base is jailbroken; unclosed = think blocks without an end (their answers are in
-no rate); tok = mean generated tokens, plain = harmful + benign, all = test mix; cut = overhead reduction, 100 = as cheap as refusal
-training. Percent, except unclosed and tok."""
+adv = harmful requests under an attack, vuln = those of them on which the base is jailbroken, look = their benign look-alikes, harm and ben = plain
+harmful and benign prompts, plain = both. ASR = requests complied with (adv unless said); ref = refused, by the xstest list; exact look, utility
+= answers equal to the reference, on look and on ben, where there is one; think = a think block is opened; unclosed = think blocks without an
+end (their answers are in no rate); tok = mean generated tokens; cut = overhead reduction, 100 = as cheap as refusal training. Percent, except
+unclosed and tok."""
 
 
 def percent(r: dict | None, interval: bool = False) -> str:
@@ -48,10 +48,10 @@ def mean_tokens(system: dict, kinds: tuple[str, ...] = KINDS) -> str:
 def glance(summary: dict) -> str:
     """The whole comparison in one table, and how the judges agree."""
     headline = summary["settings"]["judges"][0]
-    columns = [("ASR", "adversarial_harmful", "asr"), ("ASR plain", "harmful", "asr"), ("over-ref adv", "adversarial_benign", "refusal_rate"),
-               ("over-ref ben", "benign", "refusal_rate"), ("exact adv", "adversarial_benign", "accuracy"), ("utility", "benign", "accuracy"),
+    columns = [("ASR", "adversarial_harmful", "asr"), ("ASR plain", "harmful", "asr"), ("ref look", "adversarial_benign", "refusal_rate"),
+               ("ref ben", "benign", "refusal_rate"), ("exact look", "adversarial_benign", "accuracy"), ("utility", "benign", "accuracy"),
                ("think vuln", "adversarial_harmful", "reasoning_rate_vulnerable"), ("think adv", "adversarial_harmful", "reasoning_rate"),
-               ("think harm", "harmful", "reasoning_rate"), ("think ben", "benign", "reasoning_rate")]
+               ("think look", "adversarial_benign", "reasoning_rate"), ("think harm", "harmful", "reasoning_rate"), ("think ben", "benign", "reasoning_rate")]
 
     def cell(name: str, kind: str, field: str) -> dict | None:
         found = summary["systems"][name]["kinds"].get(kind, {}).get(field)
