@@ -136,7 +136,7 @@ def ablation_commands(seed: int, world: str, out: str, fast: bool) -> list[str]:
         names.append(name)
     if not seed:
         candidates = " ".join(f"{world}/{t}" for t in TEACHERS)
-        runs.append(toy.phase1("teachers", f"--teachers {candidates} --dev {world}/dev.jsonl {toy.judged()}"))
+        runs.append(toy.phase1("teachers", f"--teachers {candidates} --dev {world}/dev.jsonl --teacher_steps {toy.steps // 2} {toy.judged()}"))
         for name in TEACHERS[1:]:
             if name != "teacher_silent":  # not one of its traces is accepted: there is nothing to distil
                 runs += [toy.phase1(f"{name}-phase1", toy.teacher(name)), toy.ease(name, f"{name}-phase1", toy.teacher(name))]

@@ -126,7 +126,7 @@ def gate_section(gate: dict) -> list[str]:
     points += [(f"{name}, as it is", p) for name, p in gate["systems"].items()]
     rows = [[label, percent(p["asr"], True), percent(p["over_refusal"], True), f"{100 * p['reasons']:.1f}", f"{p['tokens']:.1f}"] for label, p in points]
     return ["", f"## The gate of {gate['system']}", "", "Every prompt answered twice, forced to reason and forced not to; a threshold picks one of the two. "
-            "Chosen: the lowest mean of ASR and over-refusal, unclosed think blocks being mistakes," + (f" with at most {gate['token_budget']:g} tokens" if gate["token_budget"] else "") +
+            "Chosen: the lowest mean of ASR and over-refusal, unclosed think blocks being mistakes" + (f", with at most {gate['token_budget']:g} tokens" if gate["token_budget"] else "") +
             ", then the fewest tokens. Choose on dev, apply once to test (`--gate_threshold`). Drawn in gate.svg. "
             f"{gate['other_ids']} of the rows forced not to reason open a think block in text, by other token ids than the marker's.", "",
             table(["reason where", "ASR", "over-refusal", "reasons", "tokens"], rows)]
