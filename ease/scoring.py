@@ -146,12 +146,13 @@ def category_agreement(found: list[tuple[str, ...]], labelled: list[tuple[str, .
 
 
 def is_correct(answer: str, expected: str) -> bool:
-    """Whether the answer is the reference, up to case, runs of white space and a closing full stop; of a GSM8K reference
-    ("... #### 72") only the number counts, and the answer's last number.
+    """Whether the answer is the reference, up to case, runs of white space and a closing full stop; of a GSM8K reference, which
+    ends in "#### 72", only the number counts, and the answer's last number.
     """
-    if "####" in expected:
-        numbers = [n.replace(",", "") for n in re.findall(r"-?\d[\d,]*(?:\.\d+)?", answer)]
-        return bool(numbers) and float(numbers[-1]) == float(expected.rsplit("####", 1)[1].replace(",", ""))
+    number = r"-?\d[\d,]*(?:\.\d+)?"
+    if wanted := re.search(rf"#### *({number})\s*$", expected):
+        found = re.findall(number, answer)
+        return bool(found) and float(found[-1].replace(",", "")) == float(wanted[1].replace(",", ""))
     answer, expected = (" ".join(text.lower().split()).rstrip(".") for text in (answer, expected))
     return answer == expected
 

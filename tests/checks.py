@@ -272,6 +272,7 @@ def check_is_correct(fn):
     reference = "He has 3 boxes, so 3 x 1,000 = 3,000.\n#### 3,000"  # GSM8K
     assert fn("That makes 3000 in all.", reference) and fn("... = $3,000.00", reference) and not fn("3000? No: 300", reference) and not fn("none", reference)
     assert fn("It falls to -4", "#### -4") and not fn("4", "#### -4")
+    assert fn("#### Steps\nfirst this", "#### steps first this.") and not fn("5", "#### Steps")  # a heading, not a number
 
 
 def check_worst(fn):
