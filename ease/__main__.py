@@ -28,7 +28,7 @@ class Config:
 
     seed: int = 0  # of the world and of every run in it
     out: str = ""  # where the runs go; default runs/toy for seed 0, runs/toy-N for seed N
-    fast: bool = False  # a smoke run of about a minute and a half: everything is too small, the numbers mean nothing
+    fast: bool = False  # a smoke run of about a minute: everything is too small, the numbers mean nothing
     ablations: bool = False  # the ablations on seeds 0, 1 and 2 (with --fast: seed 0) instead of the comparison
 
 
