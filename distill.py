@@ -23,7 +23,7 @@ from tqdm import tqdm
 from ease.batching import Batch, Example, batches, collate, encode_records, preview
 from ease.gate import filler, split_reasoning
 from ease.generate import generate
-from ease.judge import check_judge, judge_model, load_judge
+from ease.judge import judge_model, load_judge
 from ease.loading import (load_model, load_tokenizer, load_trainable, load_weights, pick_device, pick_dtype, resolve, save_model,
                           save_weights)
 from ease.lora import merge_lora
@@ -37,7 +37,7 @@ from ease.run import (command_line, finish, is_done, learning_rate, log, make_op
 from ease.scoring import choose_teacher, operating_point
 from ease.teacher import TeacherSide, from_cache, in_memory, shared_ids, teacher_view
 from ease.tokenizer import Tokenizer
-from ease.traces import teacher_traces
+from ease.traces import check_categories, teacher_traces
 
 
 @dataclass
@@ -104,6 +104,19 @@ def get_traces(cfg: Config, run: Path, teacher: CausalLM | None, tokenizer: Toke
         return traces
 
     return stage(run / "traces.jsonl", lambda: teacher_traces(cfg, run, teacher, tokenizer, load_judge(cfg.judge, dtype, device), read_named(cfg.prompts)))
+
+
+def hold_out(cfg: Config, run: Path, records: list[Record]) -> tuple[list[Record], list[Record]]:
+    """(what is trained on, what is kept out of it): no prompt stands in both. Kept in trained_on.jsonl and held_out.jsonl."""
+    if cfg.held_out >= len(records):
+        raise UserError(f"--held_out {cfg.held_out} leaves none of the {len(records)} traces to train on")
+    if cfg.prompts and cfg.held_out:  # the teacher's traces come in the order of --prompts; stored ones have been drawn
+        records = random.Random(f"held out {cfg.seed}").sample(records, len(records))
+    kept_out = records[: cfg.held_out]
+    records = [r for r in records[cfg.held_out :] if r.prompt not in {k.prompt for k in kept_out}]  # several traces a prompt
+    write_jsonl(run / "held_out.jsonl", kept_out)
+    write_jsonl(run / "trained_on.jsonl", records)
+    return records, kept_out
 
 
 def kl_side(cfg: Config, run: Path, model: CausalLM, tokenizer: Tokenizer, teacher: CausalLM, teacher_tokenizer: Tokenizer, records: list[Record],
@@ -199,9 +212,10 @@ def check_flags(cfg: Config) -> None:
         raise UserError(f"--dev {cfg.dev}: the teachers are compared on adversarial prompts, harmful and benign; both must be there")
     if cfg.kl_weight and not (cfg.teacher or cfg.teachers):
         raise UserError("--kl_weight above 0 needs a --teacher that shares the model's tokenizer; stored traces alone need --kl_weight 0")
-    if cfg.max_traces and cfg.prompts or cfg.dev and not cfg.teachers or cfg.teacher and cfg.traces and not cfg.kl_weight:
-        raise UserError("this flag would do nothing: " + ("--max_traces is for stored --traces" if cfg.max_traces and cfg.prompts else "--dev is for --teachers"
-                                                          if cfg.dev else "--teacher beside --traces is for the KL, which --kl_weight 0 leaves out"))
+    for idle, why in ((cfg.max_traces and cfg.prompts, "--max_traces is for stored --traces"), (cfg.dev and not cfg.teachers, "--dev is for --teachers"),
+                      (cfg.teacher and cfg.traces and not cfg.kl_weight, "--teacher beside --traces is for the KL, which --kl_weight 0 leaves out")):
+        if idle:
+            raise UserError(f"{why}: here it would do nothing")
     if cfg.categories == "teacher" and not cfg.prompts:
         raise UserError("--categories teacher classifies --prompts; stored --traces have been written under the categories they carry")
     if cfg.filler and cfg.kl_weight:
@@ -212,7 +226,9 @@ def check_flags(cfg: Config) -> None:
         raise UserError(f"--samples_per_prompt {cfg.samples_per_prompt} must be from 1 to --attempts {cfg.attempts}")
     for name in (cfg.model, cfg.teacher or cfg.model, *cfg.teachers):
         resolve(name)
-    check_judge(cfg.judge)
+    judge_model(cfg.judge)
+    if cfg.prompts and cfg.categories == "record":
+        check_categories(read_named(cfg.prompts))
 
 
 def main(cfg: Config) -> None:
@@ -236,14 +252,7 @@ def main(cfg: Config) -> None:
     records = get_traces(cfg, run, teacher, teacher_tokenizer, dtype, device)
     if cfg.filler:
         records = list(map(filler, records))
-    if cfg.held_out >= len(records):
-        raise UserError(f"--held_out {cfg.held_out} leaves none of the {len(records)} traces to train on")
-    if cfg.prompts and cfg.held_out:  # the teacher's traces come in the order of --prompts; stored ones have been drawn
-        records = random.Random(f"held out {cfg.seed}").sample(records, len(records))
-    kept_out = records[: cfg.held_out]
-    records = [r for r in records[cfg.held_out :] if r.prompt not in {k.prompt for k in kept_out}]  # several traces a prompt
-    write_jsonl(run / "held_out.jsonl", kept_out)
-    write_jsonl(run / "trained_on.jsonl", records)
+    records, kept_out = hold_out(cfg, run, records)
     examples = encode_records(tokenizer, records, cfg.max_length)
     held_out = encode_records(tokenizer, kept_out, cfg.max_length) if kept_out else []
     write_text(run / "preview.txt", "\n".join(preview(tokenizer, e) for e in examples[:2]))

@@ -19,7 +19,7 @@ import torch
 
 from ease.gate import ABSENT, THINK_OPEN, UNCLOSED, overlap, split_reasoning
 from ease.generate import generate
-from ease.judge import check_judge, judge_model, load_judge
+from ease.judge import judge_model, load_judge
 from ease.loading import load_model, load_tokenizer, pick_device, pick_dtype, resolve
 from ease.lora import merge_lora
 from ease.readers import read_named
@@ -196,7 +196,7 @@ def check_flags(cfg: Config, systems: dict[str, tuple[str, str]]) -> None:
         if other := set(cfg.systems) - set(json.loads(made.read_text(encoding="utf-8"))["config"]["systems"]):
             raise UserError(f"--score_only: the rows in {cfg.out} are of other systems than {sorted(other)[0]}")
     for name in cfg.judge:
-        check_judge(name)
+        judge_model(name)
 
 
 def summary_of(cfg: Config, run: Path, systems: dict[str, tuple[str, str]], by_system: dict[str, list[dict]], swept: list[list[dict]]) -> dict:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ease.batching import batches, collate, encode_records, preview
 from ease.gate import ANSWER, GATE, REASONING, UNCLOSED, filler, mix, select_region, split_reasoning
 from ease.generate import generate
-from ease.judge import check_judge, judge_model, load_judge
+from ease.judge import judge_model, load_judge
 from ease.loading import (base_and_adapter, load_model, load_tokenizer, load_trainable, load_weights, pick_device, pick_dtype,
                           resolve, save_model, save_weights)
 from ease.lora import merge_lora
@@ -36,7 +36,7 @@ from ease.records import Record, UserError, read_lines, unique, write_jsonl, wri
 from ease.report import region_report
 from ease.run import (command_line, finish, is_done, learning_rate, log, make_optimizer, open_run, optimizer_step, resume, save_state, stage, stop_if_not_finite)
 from ease.scoring import SAFE, UNPARSED, is_refusal
-from ease.traces import join_traces, teacher_traces
+from ease.traces import check_categories, join_traces, teacher_traces
 
 
 @dataclass
@@ -108,12 +108,9 @@ def read_inputs(cfg: Config) -> tuple[list[Record], list[Record], list[Record], 
             if r.kind != wanted or not r.response:
                 raise UserError(f"{path}: row {r.id!r} must be of kind {wanted} and have a response")
     unique([("--diagnostic, --refusals, --general and --prompts need different file names", r) for r in diagnostic + refusals + general + prompts])
-    if cfg.method != "ease" and cfg.init:
-        raise UserError(f"--init is for --method ease: the {cfg.method} baseline starts at --model")
-    if cfg.method != "ease":
-        for name in ("region", "probe", "lookalikes", "probe_samples"):
-            if getattr(cfg, name) != getattr(Config, name):
-                raise UserError(f"--{name} is for --method ease: the {cfg.method} baseline has no region")
+    for name in ("init", "region", "probe", "lookalikes", "probe_samples"):
+        if cfg.method != "ease" and getattr(cfg, name) != getattr(Config, name):
+            raise UserError(f"--{name} is for --method ease: the {cfg.method} baseline starts at --model and has no region")
     if cfg.method == "refusal" and (cfg.teacher or cfg.traces or cfg.filler):
         raise UserError("--teacher, --traces and --filler are not for --method refusal: it trains on no trace")
     if cfg.method != "refusal" and bool(cfg.teacher) == bool(cfg.traces):
@@ -130,7 +127,9 @@ def read_inputs(cfg: Config) -> tuple[list[Record], list[Record], list[Record], 
         raise UserError("--probe phase1 needs --init")
     for name in (cfg.model, cfg.teacher, base_and_adapter(cfg.model, cfg.init)[0]):
         resolve(name or cfg.model)  # a mistyped name must not cost the probe and the traces
-    check_judge(cfg.judge)
+    judge_model(cfg.judge)
+    if cfg.teacher and cfg.categories == "record":
+        check_categories(diagnostic if cfg.method == "ease" and cfg.region != "random" else diagnostic + refusals + prompts)
     return diagnostic, refusals, general, prompts
 
 

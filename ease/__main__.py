@@ -34,16 +34,16 @@ class Config:
 
 # What each ablation changes: flags of phase 1 (None: the method's own phase 1 is used) and flags of phase 2.
 ABLATIONS = {
-    "random region": (None, " --region random"),
-    "all attacks": (None, " --region all"),
-    "probe of M_reason": (None, " --probe phase1"),
-    "no D_direct": (None, " --direct false"),
-    "look-alikes direct": (None, " --lookalikes direct"),
-    "look-alikes dropped": (None, " --lookalikes drop"),
+    "random region": (None, "--region random"),
+    "all attacks": (None, "--region all"),
+    "probe of M_reason": (None, "--probe phase1"),
+    "no D_direct": (None, "--direct false"),
+    "look-alikes direct": (None, "--lookalikes direct"),
+    "look-alikes dropped": (None, "--lookalikes drop"),
     "no phase 1": (None, ""),
-    "kl_weight 0": (" --kl_weight 0", ""),
-    "kl_weight 1": (" --kl_weight 1", ""),
-    "filler traces": (" --kl_weight 0 --filler true", " --filler true"),
+    "kl_weight 0": ("--kl_weight 0", ""),
+    "kl_weight 1": ("--kl_weight 1", ""),
+    "filler traces": ("--kl_weight 0 --filler true", "--filler true"),
 }
 
 
@@ -61,33 +61,37 @@ class Toy:
         self.steps = 8 if self.fast else 80  # of either phase
         self.rest = f"{TRAINING} --seed {self.seed}"
         self.data = f"--diagnostic {w}/diagnostic.jsonl --refusals {w}/refusals.jsonl --general {w}/general.jsonl --probe_tokens 48"
+        self.judged = f"--policies {w}/policies.json --judge target --max_new_tokens 64"
         self.baseline = f"--prompts {w}/prompts.jsonl --steps {2 * self.steps}"
 
     def build(self, more: str = "") -> str:
-        small = " --steps 160 --teacher_steps 25 --judge_steps 10 --scale 0.1" if self.fast else ""
-        return f"-m data.toy --seed {self.seed} --out {self.world}{small}{more}"
+        """The world itself."""
+        small = "--steps 160 --teacher_steps 25 --judge_steps 10 --scale 0.1 " if self.fast else ""
+        return f"-m data.toy --seed {self.seed} --out {self.world} {small}{more}".rstrip()
 
     def teacher(self, name: str = "teacher") -> str:
-        return f"--teacher {self.world}/{name} {self.judged()}"
-
-    def judged(self) -> str:
-        return f"--policies {self.world}/policies.json --judge target --max_new_tokens 64"
+        """The flags that make one of the world's teachers write the traces."""
+        return f"--teacher {self.world}/{name} {self.judged}"
 
     def phase1(self, name: str, teacher: str, more: str = "") -> str:
-        return f"distill.py --model {self.world}/base {teacher} --prompts {self.world}/prompts.jsonl --steps {self.steps} --out {self.out}/{name} {self.rest}{more}"
+        """Phase 1 as the run `name`."""
+        return f"distill.py --model {self.world}/base {teacher} --prompts {self.world}/prompts.jsonl --steps {self.steps} --out {self.out}/{name} {self.rest} {more}".rstrip()
 
     def ease(self, name: str, start: str, teacher: str, more: str = "") -> str:
-        """start: the run of phase 1 ("": there is none, and phase 2 gets its steps too)."""
+        """Phase 2 as the run `name`. start: the run of phase 1 ("": there is none, and phase 2 gets its steps too)."""
         init, steps = (f"--init {self.out}/{start}/adapter ", self.steps) if start else ("", 2 * self.steps)
-        return f"train.py --method ease --model {self.world}/base {init}{teacher} {self.data} --steps {steps} --out {self.out}/{name} {self.rest}{more}"
+        return f"train.py --method ease --model {self.world}/base {init}{teacher} {self.data} --steps {steps} --out {self.out}/{name} {self.rest} {more}".rstrip()
 
     def refusal(self) -> str:
+        """Refusal training."""
         return f"train.py --method refusal --model {self.world}/base {self.data} {self.baseline} --out {self.out}/refusal {self.rest}"
 
     def deliberative(self) -> str:
+        """Deliberative alignment."""
         return f"train.py --method deliberative --model {self.world}/base {self.teacher()} {self.data} {self.baseline} --out {self.out}/deliberative {self.rest}"
 
     def test(self, names: list[str], judges: str) -> str:
+        """The base and these runs on the test set."""
         systems = " ".join(f"{name}={self.world}/base+{self.out}/{name}/adapter" for name in names)
         return (f"evaluate.py --systems base={self.world}/base {systems} --prompts {self.world}/test.jsonl --judge {judges} --max_new_tokens 64 "
                 f"--base_system base --refusal_system refusal --deliberative_system deliberative --out {self.out}/test")
@@ -136,12 +140,12 @@ def ablation_commands(seed: int, world: str, out: str, fast: bool) -> list[str]:
         names.append(name)
     if not seed:
         candidates = " ".join(f"{world}/{t}" for t in TEACHERS)
-        runs.append(toy.phase1("teachers", f"--teachers {candidates} --dev {world}/dev.jsonl --teacher_steps {toy.steps // 2} {toy.judged()}"))
+        runs.append(toy.phase1("teachers", f"--teachers {candidates} --dev {world}/dev.jsonl --teacher_steps {toy.steps // 2} {toy.judged}"))
         for name in TEACHERS[1:]:
             if name != "teacher_silent":  # not one of its traces is accepted: there is nothing to distil
                 runs += [toy.phase1(f"{name}-phase1", toy.teacher(name)), toy.ease(name, f"{name}-phase1", toy.teacher(name))]
                 names.append(name)
-    return [toy.build("" if seed else " --teachers true"), *runs, toy.test(names, "target")]
+    return [toy.build("" if seed else "--teachers true"), *runs, toy.test(names, "target")]
 
 
 TEACHERS = ("teacher", "teacher_silent", "teacher_rambling", "teacher_cautious")

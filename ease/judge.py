@@ -13,18 +13,14 @@ from ease.tokenizer import Tokenizer
 Judge = Callable[[list[Record], list[str]], list[str]]  # records and their answers -> verdicts
 
 
-def check_judge(name: str) -> None:
-    """An error unless the name is a keyword list, "target" or a model folder."""
-    if name not in (*CONVENTIONS, "target"):
-        try:
-            resolve(name)
-        except UserError as e:
-            raise UserError(f"--judge {name!r} is none of {', '.join([*CONVENTIONS, 'target'])} and no model: {e}") from None
-
-
 def judge_model(name: str) -> str:
-    """Where a guard model lies, "" for the judges that are none."""
-    return "" if name in (*CONVENTIONS, "target") else str(resolve(name))
+    """Where a guard model lies, "" for a keyword list and "target". An error for anything else."""
+    if name in (*CONVENTIONS, "target"):
+        return ""
+    try:
+        return str(resolve(name))
+    except UserError as e:
+        raise UserError(f"--judge {name!r} is none of {', '.join([*CONVENTIONS, 'target'])} and no model: {e}") from None
 
 
 def load_judge(name: str, dtype: torch.dtype, device: str) -> Judge:
@@ -35,8 +31,8 @@ def load_judge(name: str, dtype: torch.dtype, device: str) -> Judge:
         return lambda records, answers: [keyword_verdict(a, name) for a in answers]
     if name == "target":
         return lambda records, answers: [target_verdict(r, a) for r, a in zip(records, answers, strict=True)]
-    check_judge(name)
-    model, tokenizer = load_model(name, dtype=dtype, device=device), load_tokenizer(name)
+    where = judge_model(name)
+    model, tokenizer = load_model(where, dtype=dtype, device=device), load_tokenizer(where)
     return lambda records, answers: [
         verdict_of(p) for p in unsafe_probability(model, tokenizer, [(r.prompt, a) for r, a in zip(records, answers, strict=True)])]
 

@@ -98,6 +98,13 @@ def classify(teacher: CausalLM, tokenizer: Tokenizer, records: list[Record], cat
     return out
 
 
+def check_categories(records: list[Record]) -> None:
+    """An error for a harmful record without categories: the teacher would be shown the policy of harmless requests."""
+    for r in records:
+        if r.harmful and not r.categories:
+            raise UserError(f"row {r.id!r} is harmful and has no categories: the teacher would be shown that nothing is restricted; --categories teacher asks it")
+
+
 def teacher_traces(cfg, run: Path, teacher: CausalLM, tokenizer: Tokenizer, judge: Judge, records: list[Record]) -> list[Record]:
     """Both steps with the flags of a script (its Config): categories, from the records or the teacher; then the accepted traces.
     Leaves categories.jsonl (asked of the teacher) and rejected.jsonl.
@@ -106,9 +113,6 @@ def teacher_traces(cfg, run: Path, teacher: CausalLM, tokenizer: Tokenizer, judg
     if cfg.categories == "teacher":
         names = tuple(c for c in rules[1] if c != BENIGN)
         records = stage(run / "categories.jsonl", lambda: classify(teacher, tokenizer, records, names))
-    for r in records:
-        if r.harmful and not r.categories:
-            raise UserError(f"row {r.id!r} is harmful and has no categories: the teacher would be shown that nothing is restricted; --categories teacher asks it")
     accepted, rejected = rejection_sample(teacher, tokenizer, judge, records, rules, cfg.attempts, cfg.max_new_tokens, cfg.temperature,
                                           cfg.top_p, cfg.seed, cfg.slots, cfg.samples_per_prompt)
     write_jsonl(run / "rejected.jsonl", rejected)

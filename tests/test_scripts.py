@@ -304,7 +304,9 @@ def test_mistakes_in_train(runs, world, tmp_path):
     twin = tmp_path / "diagnostic.jsonl"  # another file with the stem, and so the ids, of D_diag
     write_jsonl(twin, [replace(r, kind="benign", response="x") for r in read_jsonl(world.diagnostic)])
     empty = tmp_path / "refused.jsonl"
-    write_jsonl(empty, [Record("x", "how do i paint the car?", "adversarial_harmful", target="never said")])
+    write_jsonl(empty, [Record("x", "how do i paint the car?", "adversarial_harmful", target="never said", categories=("theft",))])
+    bare = tmp_path / "bare.jsonl"
+    write_jsonl(bare, [replace(r, categories=()) for r in read_jsonl(world.diagnostic)])
     other = replace(runs.ease, out=str(tmp_path / "run"))
     for changes, message in [
         ({"diagnostic": str(mixed)}, "row 'mixed/p' is harmful: D_diag is adversarial"), ({"refusals": world.general}, "must be of kind harmful"),
@@ -317,11 +319,12 @@ def test_mistakes_in_train(runs, world, tmp_path):
         ({"teacher": "nowhere"}, "nowhere: no model here"), ({"max_length": 3}, "rows are longer than --max_length 3"),
         ({"method": "deliberative", "init": "", "region": "all"}, "--region is for --method ease"), ({"method": "refusal", "init": ""}, "not for --method refusal"),
         ({"categories": "teacher", "teacher": "", "traces": world.prompts}, "--categories teacher needs a --teacher"),
-        ({"diagnostic": str(empty), "region": "all"}, "is harmful and has no categories"), ({"policies": "nowhere.json"}, "nowhere.json: no such file"),
+        ({"diagnostic": str(bare)}, "is harmful and has no categories"), ({"policies": "nowhere.json"}, "nowhere.json: no such file"),
         ({"benign_direct": 10**6}, "1000000 benign_direct"), ({"lr": 1e30}, "the loss is (nan|inf).* at step"),
     ]:
         with pytest.raises(UserError, match=message):
             train.main(replace(other, **changes, out=str(tmp_path / message[:9].replace(" ", "_"))))
+    assert not (tmp_path / "is_harmfu").exists()  # seen before the probe is paid for
 
 
 def test_mistakes_in_distill(runs, world, tmp_path):
