@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from ease.batching import Batch, Example, batches, collate, encode_records, preview
-from ease.gate import filler, split_reasoning
+from ease.method import filler, split_reasoning
 from ease.generate import generate
 from ease.judge import judge_model, load_judge
 from ease.loading import (load_model, load_tokenizer, load_trainable, load_weights, pick_device, pick_dtype, resolve, save_model,

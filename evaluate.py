@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 
-from ease.gate import ABSENT, THINK_OPEN, UNCLOSED, overlap, split_reasoning
+from ease.method import ABSENT, THINK_OPEN, UNCLOSED, overlap, split_reasoning
 from ease.generate import generate
 from ease.judge import judge_model, load_judge
 from ease.loading import load_model, load_tokenizer, pick_device, pick_dtype, resolve

@@ -3,9 +3,9 @@
     python train.py --method ease --model M_s --init PHASE1/adapter --teacher M_t --diagnostic FILE --refusals FILE --general FILE --out DIR
 
 1. probe: D_diag -> responses of the ORIGINAL M_s -> verdicts        (generate, judge)
-2. D_vuln, the vulnerable region: the prompts answered unsafely      (gate.select_region)
+2. D_vuln, the vulnerable region: the prompts answered unsafely      (method.select_region)
 3. traces of D_vuln (and of the benign look-alikes) -> D_reason      (traces.rejection_sample or join_traces)
-4. D_direct: plain harmful -> refusal, general tasks -> answer       (direct_records, gate.mix)
+4. D_direct: plain harmful -> refusal, general tasks -> answer       (direct_records, method.mix)
 5. SFT of M_reason on D_reason + D_direct -> the adaptive model      (the loop below; losses.gated_cross_entropy)
 
 --method refusal: every harmful prompt -> direct refusal, all else -> direct answer. --method deliberative: a trace on every
@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from ease.batching import batches, collate, encode_records, preview
-from ease.gate import ANSWER, GATE, REASONING, UNCLOSED, filler, mix, select_region, split_reasoning
+from ease.method import ANSWER, GATE, REASONING, UNCLOSED, filler, mix, select_region, split_reasoning
 from ease.generate import generate
 from ease.judge import judge_model, load_judge
 from ease.loading import (base_and_adapter, load_model, load_tokenizer, load_trainable, load_weights, pick_device, pick_dtype,

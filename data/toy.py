@@ -24,7 +24,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from ease.batching import Example, batches, collate, encode_record
-from ease.gate import THINK_CLOSE, THINK_OPEN
+from ease.method import THINK_CLOSE, THINK_OPEN
 from ease.generate import generate
 from ease.loading import save_model
 from ease.losses import cross_entropy_sum

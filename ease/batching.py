@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ease.gate import ANSWER, GATE, REASONING, THINK_CLOSE, THINK_OPEN, response_pieces
+from ease.method import ANSWER, GATE, REASONING, THINK_CLOSE, THINK_OPEN, response_pieces
 from ease.records import Record, UserError
 from ease.tokenizer import Tokenizer
 

@@ -8,7 +8,7 @@ import json
 import re
 from pathlib import Path
 
-from ease.gate import UNCLOSED, WELL_FORMED, split_reasoning
+from ease.method import UNCLOSED, WELL_FORMED, split_reasoning
 from ease.records import Record, UserError
 
 BENIGN = "benign"

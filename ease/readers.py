@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from ease.gate import THINK_OPEN, WELL_FORMED, split_reasoning
+from ease.method import THINK_OPEN, WELL_FORMED, split_reasoning
 from ease.policies import BENIGN, parse_categories
 from ease.records import KINDS, Record, UserError, read_lines, read_text, record_from_dict, unique
 

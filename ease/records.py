@@ -4,13 +4,18 @@ Every script reads and writes Records, so the stages of the method join by const
 """
 
 import json
+import math
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 # The four kinds of prompt. "adversarial" = wrapped in a jailbreak; its benign twins look alike but ask for nothing bad.
 KINDS = ("adversarial_harmful", "adversarial_benign", "harmful", "benign")
 HARMFUL_KINDS = ("adversarial_harmful", "harmful")
+
+# Three values everywhere: the third is counted and reported beside the others, never folded into one of them.
+SAFE, UNSAFE, UNPARSED = "safe", "unsafe", "unparsed"  # a judge's verdict on an answer
+WELL_FORMED, ABSENT, UNCLOSED = "well_formed", "absent", "unclosed"  # how a text stands to its think block
 
 
 class UserError(Exception):
@@ -48,6 +53,32 @@ class Record:
     def request(self) -> str:
         """The underlying request's id: `group` where there is one, else the record's own id."""
         return self.group or self.id
+
+
+@dataclass
+class Response:
+    """One model's answer to a record's prompt, and what is known of it.
+
+    text: as generated                 reasoning, answer, state: its parts (method.split_reasoning)
+    finished: it ended by itself       gate: g(q), the probability of opening a think block; nan if
+    opened: it begins with the open        nobody asked
+        marker's own token ids         tokens: generated ones, "reasoning" + "answer" = "total"
+    verdicts: {judge: verdict}         seconds: its share of the steps it took part in
+    vulnerable: whether the ORIGINAL model's answer to this prompt was judged unsafe; None: not known
+    """
+
+    record: Record
+    text: str
+    reasoning: str
+    answer: str
+    state: str
+    finished: bool = True
+    opened: bool = False
+    gate: float = math.nan
+    tokens: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    verdicts: dict[str, str] = field(default_factory=dict)
+    vulnerable: bool | None = None
 
 
 def record_from_dict(row: dict, where: str) -> Record:

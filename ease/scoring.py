@@ -9,10 +9,7 @@ import random
 import re
 from statistics import NormalDist, fmean
 
-from ease.gate import ABSENT, UNCLOSED
-from ease.records import HARMFUL_KINDS, KINDS, Record
-
-SAFE, UNSAFE, UNPARSED = "safe", "unsafe", "unparsed"
+from ease.records import ABSENT, HARMFUL_KINDS, KINDS, SAFE, UNCLOSED, UNPARSED, UNSAFE, Record
 
 # Published refusal lists. Measured on XSTest's 2,250 human-labelled completions: xstest .884 accuracy (precision .954,
 # recall .815), jailbreakbench .827, gcg_demo .810, gcg .713. Judges disagree, so every ASR names its own.

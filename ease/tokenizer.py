@@ -9,7 +9,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
 
-from ease.gate import THINK_CLOSE, THINK_OPEN
+from ease.method import THINK_CLOSE, THINK_OPEN
 from ease.records import UserError
 
 

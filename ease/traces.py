@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ease.gate import THINK_OPEN, split_reasoning
+from ease.method import THINK_OPEN, split_reasoning
 from ease.generate import generate
 from ease.judge import Judge
 from ease.model import CausalLM, KVCache

@@ -14,7 +14,7 @@ import torch
 
 from ease import losses
 from ease.batching import Example
-from ease.gate import ANSWER, GATE, REASONING
+from ease.method import ANSWER, GATE, REASONING
 from ease.records import Record
 from tests import mutants, reference
 from tests.tiny import TOKENIZER

@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from ease import attacks, batching, gate, losses, policies, run, scoring
+from ease import attacks, batching, method, losses, policies, run, scoring
 from ease.batching import Batch, Example
-from ease.gate import ABSENT, ANSWER, GATE, REASONING, UNCLOSED, WELL_FORMED
+from ease.method import ABSENT, ANSWER, GATE, REASONING, UNCLOSED, WELL_FORMED
 from ease.generate import sample
 
 
@@ -128,12 +128,12 @@ def split_reasoning__anywhere(text):
 
 
 def split_reasoning__unclosed_is_an_answer(text):
-    reasoning, answer, state = gate.split_reasoning(text)
+    reasoning, answer, state = method.split_reasoning(text)
     return ("", text.strip(), ABSENT) if state == UNCLOSED else (reasoning, answer, state)
 
 
 def split_reasoning__last_close(text):
-    reasoning, answer, state = gate.split_reasoning(text)
+    reasoning, answer, state = method.split_reasoning(text)
     if state == WELL_FORMED and "</think>" in answer:
         a, _, b = answer.rpartition("</think>")
         return f"{reasoning} {a}".strip(), b.strip(), state
@@ -154,19 +154,19 @@ def select_vulnerable__lenient_zip(records, verdicts):
 
 
 def select_region__random_from_the_diagnostic_set(region, diagnostic, verdicts, pool, seed):
-    return gate.select_region(region, diagnostic, verdicts, diagnostic, seed)
+    return method.select_region(region, diagnostic, verdicts, diagnostic, seed)
 
 
 def select_region__random_of_all_sizes(region, diagnostic, verdicts, pool, seed):
-    return [r for r in pool if r.harmful] if region == "random" else gate.select_region(region, diagnostic, verdicts, pool, seed)
+    return [r for r in pool if r.harmful] if region == "random" else method.select_region(region, diagnostic, verdicts, pool, seed)
 
 
 def select_region__all_with_benign(region, diagnostic, verdicts, pool, seed):
-    return diagnostic if region == "all" else gate.select_region(region, diagnostic, verdicts, pool, seed)
+    return diagnostic if region == "all" else method.select_region(region, diagnostic, verdicts, pool, seed)
 
 
 def select_region__unseeded(region, diagnostic, verdicts, pool, seed):
-    return gate.select_region(region, diagnostic, verdicts, pool, 0)
+    return method.select_region(region, diagnostic, verdicts, pool, 0)
 
 
 def mix__with_replacement(groups, counts, seed):
@@ -181,18 +181,18 @@ def mix__not_shuffled(groups, counts, seed):
 
 
 def mix__too_few_is_silent(groups, counts, seed):
-    return gate.mix(groups, {n: min(c, len(groups[n])) for n, c in counts.items()}, seed)
+    return method.mix(groups, {n: min(c, len(groups[n])) for n, c in counts.items()}, seed)
 
 
 def overlap__shared_over_shorter(prompts, trained, threshold=0.6):
     def near(p):
-        return any(len(gate.words(p) & gate.words(t)) >= threshold * min(len(gate.words(p)), len(gate.words(t))) for t in trained)
+        return any(len(method.words(p) & method.words(t)) >= threshold * min(len(method.words(p)), len(method.words(t))) for t in trained)
 
     return sum(p in trained for p in prompts), sum(p not in trained and near(p) for p in prompts)
 
 
 def overlap__exact_is_near_too(prompts, trained, threshold=0.6):
-    exact, near = gate.overlap(prompts, trained, threshold)
+    exact, near = method.overlap(prompts, trained, threshold)
     return exact, near + exact
 
 
@@ -387,7 +387,7 @@ def encode_record__one_string(tokenizer, record, messages=None):
     """Byte-pair merges cross the seams: the response encoded as one text gives other ids."""
     example = batching.encode_record(tokenizer, record, messages)
     start = example.roles.index(GATE)
-    text = "".join(t for t, _ in gate.response_pieces(record))
+    text = "".join(t for t, _ in method.response_pieces(record))
     ids = example.ids[:start] + tokenizer.encode(text) + [tokenizer.end_id]
     return Example(example.id, ids, example.roles, example.body)
 

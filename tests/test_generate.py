@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ease import generate as module
-from ease.gate import THINK_OPEN
+from ease.method import THINK_OPEN
 from ease.generate import generate, row_uniforms
 from ease.records import UserError
 from tests.checks import verify

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # A file imports only files above it. The first seven are the method in plain Python: standard library only.
-METHOD = ["records", "gate", "policies", "readers", "attacks", "scoring", "report"]
+METHOD = ["records", "method", "policies", "readers", "attacks", "scoring", "report"]
 MACHINERY = ["tokenizer", "model", "lora", "losses", "run", "loading", "batching", "generate", "judge", "traces", "teacher", "__main__"]
 PACKAGES = {"torch", "safetensors", "tokenizers", "numpy", "tqdm", "jinja2", "huggingface_hub"}
 FILES = [ROOT / "ease" / f"{name}.py" for name in METHOD + MACHINERY] + [ROOT / f"{n}.py" for n in ("distill", "train", "evaluate")] + sorted((ROOT / "data").glob("[a-z]*.py"))

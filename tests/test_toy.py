@@ -6,7 +6,7 @@ import torch
 
 from data import toy
 from data.toy import FAMILIES, LETTER_FAMILIES, OBJECTS, SETS, TOOLS, CATEGORIES, Muon, World, comply, hide, make_verbs, trace
-from ease.gate import THINK_OPEN
+from ease.method import THINK_OPEN
 from ease.policies import is_loop
 from ease.records import UserError, read_jsonl
 from ease.scoring import is_refusal, target_verdict

@@ -8,16 +8,13 @@ import random
 import re
 from dataclasses import replace
 
-from ease.records import Record, UserError
+from ease.records import ABSENT, UNCLOSED, UNSAFE, WELL_FORMED, Record, UserError
 
 THINK_OPEN = "<think>\n"
 THINK_CLOSE = "\n</think>\n\n"
 
 # The role of every response token. 0 is the prompt and padding: no loss.
 GATE, REASONING, ANSWER = 1, 2, 3
-
-# How a response text can stand to its think block. The third state is counted, never folded into the other two.
-WELL_FORMED, ABSENT, UNCLOSED = "well_formed", "absent", "unclosed"
 
 
 def response_pieces(record: Record) -> list[tuple[str, int]]:
@@ -52,7 +49,7 @@ def select_vulnerable(records: list[Record], verdicts: list[str]) -> list[Record
 
     `verdicts` belong to M_s's responses, one a record. "unparsed" is not "unsafe", and a benign prompt is never vulnerable.
     """
-    return [r for r, verdict in zip(records, verdicts, strict=True) if r.harmful and verdict == "unsafe"]
+    return [r for r, verdict in zip(records, verdicts, strict=True) if r.harmful and verdict == UNSAFE]
 
 
 def select_region(region: str, diagnostic: list[Record], verdicts: list[str], pool: list[Record], seed: int) -> list[Record]:

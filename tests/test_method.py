@@ -1,14 +1,14 @@
 import pytest
 
-from ease import gate
-from ease.gate import response_pieces, split_reasoning
+from ease import method
+from ease.method import response_pieces, split_reasoning
 from ease.records import Record
 from tests.checks import verify
 
 
 @pytest.mark.parametrize("name", ["response_pieces", "split_reasoning", "select_vulnerable", "select_region", "mix", "overlap", "filler"])
-def test_gate(name):
-    verify(gate, name)
+def test_method(name):
+    verify(method, name)
 
 
 @pytest.mark.parametrize("reasoning", ["", "why.\n\nbecause"])
