@@ -1,4 +1,6 @@
-"""Records -> ids and roles -> batches. Text and mask are born together; the only shift by one is in collate."""
+"""Records -> ids and roles -> batches. Text and roles are born together; the only shift by one is
+in collate.
+"""
 
 import random
 from dataclasses import dataclass
@@ -16,14 +18,15 @@ ROLE_NAMES = {0: "prompt", GATE: "gate", REASONING: "reasoning", ANSWER: "answer
 
 @dataclass(frozen=True)
 class Example:
-    """One encoded record. Per token: its id, its role (0 = prompt, no loss), and whether it belongs to the trace's own text
-    (reasoning and answer without markers and end token), the part that a teacher with the same vocabulary encodes alike.
+    """An encoded record. Per token: its id; its role (0 = prompt, no loss); and 1 where the
+    teacher-trace KL is taken: on the trace's own text, reasoning and answer without markers and
+    end token, which a teacher with the same vocabulary encodes alike.
     """
 
     id: str
     ids: list[int]
     roles: list[int]
-    body: list[int]
+    kl: list[int]
 
     @property
     def supervised(self) -> int:
@@ -31,82 +34,107 @@ class Example:
         return sum(role > 0 for role in self.roles)
 
 
-def encode_record(tokenizer: Tokenizer, record: Record, messages: list[dict] | None = None) -> Example:
-    """Prompt (template) + response pieces + end token, with roles. `messages` replaces the plain user turn (a teacher's view).
+def encode_record(tokenizer: Tokenizer, record: Record, messages: list[dict] | None = None
+                  ) -> Example:
+    """Prompt (chat template), response pieces, end token, with roles. messages: the prompt as a
+    teacher sees it, instead of the plain user turn.
 
-    The gate is every token of the open marker on a reasoning row, the first response token on a direct row.
+    The gate is every token of the open marker on a reasoning row, the first response token on a
+    direct row.
     """
-    ids = tokenizer.encode_prompt(messages or [{"role": "user", "content": record.prompt}])
-    roles, body = [0] * len(ids), [0] * len(ids)
+    prompt = tokenizer.encode_prompt(messages) if messages else tokenizer.user_prompt(record.prompt)
+    ids, roles, kl = list(prompt), [0] * len(prompt), [0] * len(prompt)
     for text, role in response_pieces(record):
         piece = tokenizer.encode(text)
-        ids, roles = ids + piece, roles + [role] * len(piece)
-        body += [int(text not in (THINK_OPEN, THINK_CLOSE))] * len(piece)
-    ids, roles, body = ids + [tokenizer.end_id], roles + [ANSWER], body + [0]
+        ids += piece
+        roles += [role] * len(piece)
+        kl += [int(text not in (THINK_OPEN, THINK_CLOSE))] * len(piece)
+    ids, roles, kl = ids + [tokenizer.end_id], roles + [ANSWER], kl + [0]
     if not record.reasoning:
-        roles[roles.index(ANSWER)] = GATE
-    return Example(record.id, ids, roles, body)
+        roles[len(prompt)] = GATE
+    return Example(record.id, ids, roles, kl)
 
 
-def encode_records(tokenizer: Tokenizer, records: list[Record], max_length: int) -> list[Example]:
-    """Encode all; rows longer than max_length are dropped whole, counted and said: cutting would lose the end token."""
+def encode_records(tokenizer: Tokenizer, records: list[Record], max_length: int, context: int
+                   ) -> list[Example]:
+    """Encode all. Rows longer than max_length or the model's context are dropped whole, counted
+    and said: cutting would lose the end token.
+    """
     examples = [encode_record(tokenizer, r) for r in records]
-    kept = [e for e in examples if len(e.ids) <= max_length]
-    if len(kept) < len(examples):
-        print(f"dropped {len(examples) - len(kept)} of {len(examples)} rows longer than --max_length {max_length}")
+    limit = min(max_length, context)
+    name = (f"--max_length {max_length}" if max_length <= context
+            else f"the model's context of {context} tokens")
+    kept = [e for e in examples if len(e.ids) <= limit]
     if not kept:
         shortest = min((len(e.ids) for e in examples), default=0)
-        raise UserError(f"all {len(examples)} rows are longer than --max_length {max_length} (the shortest has {shortest} tokens)")
+        raise UserError(f"all {len(examples)} rows are longer than {name} (the shortest has "
+                        f"{shortest} tokens)")
+    if len(kept) < len(examples):
+        print(f"dropped {len(examples) - len(kept)} of {len(examples)} rows longer than {name}")
     return kept
 
 
-def batches(lengths: list[int], batch_size: int, batch_tokens: int, seed: int, epoch: int) -> list[list[list[int]]]:
-    """One epoch: optimizer steps -> micro-batches -> indices. A function of (seed, epoch) alone, so a resumed run sees the
-    same batches.
+def plan_batches(lengths: list[int], batch_size: int, batch_tokens: int, seed: int, steps: int
+                 ) -> list[list[list[int]]]:
+    """All batches of a run: optimizer steps -> micro-batches -> indices. A function of its
+    arguments alone, so a resumed run sees the same ones.
 
-    Each step takes the next batch_size rows of a permutation; within the step, rows of like length share a micro-batch of at
-    most batch_tokens padded tokens (a longer row stands alone). Sums divided once make the cut into micro-batches irrelevant.
+    A step takes the next batch_size rows of the epoch's permutation (the last of an epoch what is
+    left). In it, rows of like length share a micro-batch of at most batch_tokens padded tokens; a
+    longer row stands alone.
     """
-    order = list(range(len(lengths)))
-    random.Random(f"batches {seed} {epoch}").shuffle(order)
-    steps = []
-    for start in range(0, len(order), batch_size):
-        micro: list[list[int]] = []
-        for i in sorted(order[start : start + batch_size], key=lambda i: (lengths[i], i)):  # ascending: i is the longest so far
-            if micro and (len(micro[-1]) + 1) * lengths[i] <= batch_tokens:
-                micro[-1].append(i)
-            else:
-                micro.append([i])
-        steps.append(micro)
-    return steps
+    plan, epoch = [], 0
+    while len(plan) < steps:
+        order = list(range(len(lengths)))
+        random.Random(f"batches {seed} {epoch}").shuffle(order)
+        for start in range(0, len(order), batch_size):
+            step: list[list[int]] = []
+            # ascending: the next row is the longest so far
+            for i in sorted(order[start : start + batch_size], key=lambda i: (lengths[i], i)):
+                if step and (len(step[-1]) + 1) * lengths[i] <= batch_tokens:
+                    step[-1].append(i)
+                else:
+                    step.append([i])
+            plan.append(step)
+        epoch += 1
+    return plan[:steps]
+
+
+def count_steps(rows: int, batch_size: int, steps: int, epochs: float) -> int:
+    """--steps where it is given, else --epochs in optimizer steps, at least one."""
+    return steps or max(1, round(epochs * -(-rows // batch_size)))
 
 
 class Batch(NamedTuple):
-    """Right-padded tensors, each (B, T): position t of `inputs` predicts `targets`, whose role and body mark stand beside."""
+    """Right-padded, each (B, T): position t of `inputs` predicts `targets`, whose role and KL mark
+    stand beside.
+    """
 
     inputs: Tensor
     targets: Tensor
     roles: Tensor
-    body: Tensor
+    kl: Tensor
 
 
 def collate(examples: list[Example], device: torch.device | str) -> Batch:
-    """Examples -> one Batch. Position t predicts token t + 1; padding gets id 0 and role 0, so no loss sees it."""
+    """Examples -> one Batch. Position t predicts token t + 1. Padding has role 0: no loss."""
     T = max(len(e.ids) for e in examples) - 1
 
     def padded(rows: list[list[int]]) -> Tensor:
-        return torch.tensor([row + [0] * (T - len(row)) for row in rows], device=device)  # (B, T)
+        return torch.tensor([r + [0] * (T - len(r)) for r in rows], device=device)  # (B, T)
 
     return Batch(padded([e.ids[:-1] for e in examples]), padded([e.ids[1:] for e in examples]),
-                 padded([e.roles[1:] for e in examples]), padded([e.body[1:] for e in examples]))
+                 padded([e.roles[1:] for e in examples]), padded([e.kl[1:] for e in examples]))
 
 
 def preview(tokenizer: Tokenizer, example: Example) -> str:
-    """An encoded row for human eyes: one line a run of tokens with one role, tokens cut apart by "|"."""
-    lines, start = [f"id {example.id}, {len(example.ids)} tokens, {example.supervised} supervised"], 0
+    """An example for human eyes: a line for every run of tokens of one role, cut apart by "|"."""
+    lines = [f"id {example.id}, {len(example.ids)} tokens, {example.supervised} supervised"]
+    start = 0
     for i in range(1, len(example.ids) + 1):
         if i == len(example.ids) or example.roles[i] != example.roles[start]:
-            tokens = "|".join(tokenizer.decode([t]) for t in example.ids[start:i]).replace("\n", "\\n")
-            lines.append(f"  {ROLE_NAMES[example.roles[start]]:9} {tokens}")
+            tokens = "|".join(tokenizer.decode([t]) for t in example.ids[start:i])
+            name = ROLE_NAMES[example.roles[start]]
+            lines.append(f"  {name:9} {tokens}".replace("\n", "\\n"))
             start = i
     return "\n".join(lines) + "\n"

@@ -2,113 +2,172 @@
 
 import functools
 import json
+import os
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ease.lora import add_lora, load_adapter, load_adapter_weights, lora_state, save_adapter
+from ease.folder import read_json
+from ease.lora import (
+    add_lora, check_fit, load_adapter, load_adapter_weights, lora_state, read_tensors, save_adapter,
+)
 from ease.model import CausalLM, ModelConfig
 from ease.records import UserError, write_text
-from ease.tokenizer import Tokenizer, read_json
+from ease.run import RunFlags, TrainingFlags
+from ease.tokenizer import Tokenizer
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def resolve(name: str) -> Path:
-    """The folder of a model: the folder itself, which never touches the network, or that of a hub id OWNER/NAME[@REVISION]."""
-    path = Path(name)
+    """The folder of a model: one that is here, or that of a hub id OWNER/NAME[@REVISION].
+
+    The hub is never asked for what starts like a path (. / ~) or with a folder that is here.
+    """
+    path = Path(os.path.expanduser(name))
     if (path / "config.json").is_file():
         return path
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name) and not path.exists() and path.parts[0] not in ("data", "runs", ".", ".."):
+    first = name.partition("/")[0]
+    hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w.-]+)?", name)
+    if hub_id and not Path(first).exists() and first not in ("data", "runs"):
         return fetch(name)
-    hint = "; make the toy world with `python -m data.toy`" if path.parts[:2] == ("data", "toy") else ""
-    raise UserError(f"{name}: no model here (config.json is missing){hint}")
+    toy = "; make the toy world with `python -m data.toy`" if name.startswith("data/toy") else ""
+    raise UserError(f"{name}: no model here (config.json is missing){toy}")
 
 
 @functools.cache
 def fetch(hub_id: str) -> Path:
-    """A model of the hub, from the client's cache if it has this revision. The folder's name is the commit's hash.
+    """A model of the hub, from the client's cache if it has this revision; the folder's name is the
+    commit's hash. Only weights as safetensors, JSON and chat template: no pickles, no code."""
+    from huggingface_hub import snapshot_download  # here, so that a folder never loads the client
 
-    Weights as safetensors, JSON and chat template of the top folder only: no pickles, no code.
-    """
-    from huggingface_hub import snapshot_download  # here, so that a folder never loads the hub client
-
+    print(f"{hub_id}: no such folder here, asking the Hugging Face hub")
     name, _, revision = hub_id.partition("@")
+    kinds = ["*.safetensors", "*.json", "*.jinja"]
     try:
-        path = Path(snapshot_download(name, revision=revision or None, allow_patterns=["*.safetensors", "*.json", "*.jinja"],
+        path = Path(snapshot_download(name, revision=revision or None, allow_patterns=kinds,
                                       ignore_patterns=["*/*"]))
     except Exception as e:  # the client and the libraries below it raise a dozen unrelated kinds
-        reason = str(e).strip().split("\n")[0]
-        raise UserError(f"{hub_id}: no such folder, and the hub did not give it: {type(e).__name__}: {reason}") from None
+        why = f"{type(e).__name__}: {str(e).strip()}".split("\n")[0]
+        raise UserError(f"{hub_id}: no such folder, and the hub did not give it: {why}") from None
     print(f"{name} at revision {path.name}")
     return path
 
 
+def read_config(path: Path) -> ModelConfig:
+    """The config.json of a model folder."""
+    return ModelConfig.from_json(read_json(path / "config.json"), str(path / "config.json"))
+
+
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of a model folder."""
-    return Tokenizer.from_dir(resolve(name))
+    """The tokenizer of a model folder; all its ids must have a row in the model's embedding."""
+    path = resolve(name)
+    tokenizer, size = Tokenizer.from_dir(path), read_config(path).vocab_size
+    vocabulary = tokenizer.fast.get_vocab(with_added_tokens=True)
+    last = max(vocabulary, key=vocabulary.get)
+    if vocabulary[last] >= size:
+        raise UserError(f"{path}: tokenizer.json has id {vocabulary[last]} ({last!r}), "
+                        f"config.json a vocab_size of {size}: not made for each other")
+    return tokenizer
+
+
+class Place(NamedTuple):
+    """Where a model computes and in what its frozen weights are kept."""
+
+    dtype: torch.dtype
+    device: str
+
+
+def pick_place(flags: RunFlags) -> Place:
+    """--dtype and --device."""
+    device = pick_device(flags.device)
+    return Place(pick_dtype(flags.dtype, device), device)
 
 
 def pick_device(flag: str) -> str:
     """cuda if there is one, else cpu; or what the flag says."""
-    available = torch.cuda.is_available()
-    if flag not in ("auto", "cpu") and not (flag.startswith("cuda") and available):
-        raise UserError(f"--device {flag}: there is {'cpu and cuda' if available else 'only cpu'} here")
-    return flag if flag != "auto" else "cuda" if available else "cpu"
+    cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    mps = ["mps"] if torch.backends.mps.is_available() else []
+    available = ["cpu", *(["cuda"] if cuda else []), *cuda, *mps]
+    if flag not in ("auto", *available):
+        raise UserError(f"--device {flag}: there is only {', '.join(available)} here")
+    if flag == "mps":
+        print("device: mps, untried")
+    return flag if flag != "auto" else "cuda" if cuda else "cpu"
 
 
 def pick_dtype(flag: str, device: str) -> torch.dtype:
-    """The dtype of frozen weights and activations; "auto" prints its choice and why. What is trained is fp32 always."""
+    """The dtype of frozen weights and activations; "auto" prints its choice and why. What is
+    trained is fp32 always."""
     if flag != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[flag]
     native = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
-    print(f"dtype: {'bfloat16 (this GPU computes in it)' if native else f'float32 ({device} without fast bfloat16)'}")
+    reason = "this GPU computes in it" if native else f"{device} without fast bfloat16"
+    print(f"dtype: {'bfloat16' if native else 'float32'} ({reason})")
     return torch.bfloat16 if native else torch.float32
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a model folder: model.safetensors, or the shards of its index. Pickled weights are never read."""
-    index = path / "model.safetensors.index.json"
-    if index.is_file() and not (path / "model.safetensors").is_file():
-        files = [path / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
-    else:
-        files = [path / "model.safetensors"]
-    if missing := [f.name for f in files if not f.is_file()]:
-        others = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.safetensors*") for p in path.glob(pattern))
-        raise UserError(f"{path}: {missing[0]} is missing (found {', '.join(others) or 'no weights'}); pickles are refused")
-    return files
+    """The safetensors files of a model folder: model.safetensors, or the shards of its index.
+    Pickled weights are never read."""
+    index, names = path / "model.safetensors.index.json", ["model.safetensors"]
+    if index.is_file() and not (path / names[0]).is_file():
+        shards = read_json(index).get("weight_map")
+        names = list(shards.values()) if isinstance(shards, dict) else [shards]
+        for name in names:
+            if not isinstance(name, str) or name != Path(name).name:
+                raise UserError(f"{index}: weight_map has {name!r:.60}, not a file of this folder")
+    if missing := sorted(n for n in names if not (path / n).is_file()):
+        patterns = ("*.bin", "*.pt", "*.pth", "*.safetensors*")
+        found = ", ".join(sorted(p.name for pattern in patterns for p in path.glob(pattern)))
+        raise UserError(f"{path}: {missing[0]} is missing (found {found or 'no weights'}); pickles "
+                        "are refused")
+    return [path / n for n in sorted(set(names))]
 
 
-def read_weights(path: Path, model: CausalLM) -> dict[str, torch.Tensor]:
-    """The tensors of a model folder, checked against the model: every key must be there and fit, none may be left."""
-    own = dict(model.named_parameters())  # a tied head appears once, as the embedding
-    stored: dict[str, torch.Tensor] = {}
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a model folder."""
+    stored = {}
     for file in weight_files(path):
-        try:
-            with safe_open(file, framework="pt") as f:
-                stored |= {k: f.get_tensor(k) for k in f.keys() if not k.endswith("rotary_emb.inv_freq")}  # old files keep a table
-        except SafetensorError as e:
-            raise UserError(f"{file}: {e}") from None
-    if model.config.tie_word_embeddings:
-        stored.pop("lm_head.weight", None)
-    missing, unexpected = sorted(own.keys() - stored.keys()), sorted(stored.keys() - own.keys())
-    if missing or unexpected:
-        raise UserError(f"{path}: keys do not fit {model.config.model_type}: missing {missing[:3]}, unexpected {unexpected[:3]}")
-    for key, parameter in own.items():
-        if stored[key].shape != parameter.shape:
-            raise UserError(f"{path}: {key} has shape {tuple(stored[key].shape)}, config.json says {tuple(parameter.shape)}")
-    return stored
+        tensors = read_tensors(file)
+        if twice := sorted(stored.keys() & tensors.keys()):
+            raise UserError(f"{file}: {twice[0]} is in another file too")
+        stored |= tensors  # old files keep a rotary table, which is computed here
+    return {k: v for k, v in stored.items() if not k.endswith("rotary_emb.inv_freq")}
 
 
-def load_model(name: str, adapter: str = "", dtype: torch.dtype = torch.float32, device: str = "cpu") -> CausalLM:
-    """The frozen model of a folder; with an adapter, its LoRA layers are added (not merged)."""
+def load_model(name: str, adapter: str = "", dtype: torch.dtype = torch.float32,
+               device: str = "cpu") -> CausalLM:
+    """The frozen model of a folder; with an adapter, its LoRA layers are added (not merged).
+
+    Names and shapes of the stored tensors must be those that config.json asks for.
+    """
     path = resolve(name)
-    with torch.device("meta"):
-        model = CausalLM(ModelConfig.from_json(read_json(path / "config.json"), str(path / "config.json")))
-    stored = {k: v.to(device=device, dtype=dtype) for k, v in read_weights(path, model).items()}
+    config, stored = read_config(path), read_weights(path)
+    layers = len({k.split(".")[2] for k in stored if k.startswith("model.layers.")})
+    if layers != config.num_hidden_layers:  # checked first: a model is built layer by layer
+        raise UserError(f"{path}: config.json says num_hidden_layers {config.num_hidden_layers}, "
+                        f"{layers} are stored")
+    if config.tie_word_embeddings and HEAD in stored:
+        embedding, head = stored.setdefault(EMBEDDING, stored[HEAD]), stored[HEAD]
+        if torch.equal(embedding, head.to(embedding.dtype)):
+            del stored[HEAD]
+        else:  # as transformers does
+            print(f"{path}: {HEAD} is not the embedding, so they are not tied")
+            config = replace(config, tie_word_embeddings=False)
+    try:
+        with torch.device("meta"):  # nothing is allocated
+            model = CausalLM(config)
+    except Exception as e:  # torch says in several ways that a size is too large for it
+        raise UserError(f"{path}: config.json has impossible sizes: {e}") from None
+    check_fit(dict(model.named_parameters()), stored, str(path))  # a tied head is the embedding
+    stored = {k: v.to(device=device, dtype=dtype) for k, v in stored.items()}
     model.load_state_dict(stored, strict=False, assign=True)
-    if model.config.tie_word_embeddings:
+    if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight  # `assign` replaced the embedding
     for p in model.parameters():
         p.requires_grad_(False)
@@ -118,26 +177,30 @@ def load_model(name: str, adapter: str = "", dtype: torch.dtype = torch.float32,
 
 
 def base_and_adapter(name: str, init: str) -> tuple[str, str]:
-    """Where to start from: init is "" (the model itself), an adapter folder for it, or a model folder that replaces it."""
+    """Where to start from: init is "" (the model itself), an adapter folder for it, or a model
+    folder that replaces it."""
     if init and (Path(init) / "adapter_config.json").is_file():
         return name, init
     return init or name, ""
 
 
-def load_trainable(name: str, init: str, rank: int, alpha: float, targets: list[str], seed: int, dtype: torch.dtype,
-                   device: str) -> tuple[CausalLM, str]:
-    """(the model to train, the name of its frozen base). What is trained is fp32: the LoRA matrices, or with rank 0 everything.
+def load_trainable(flags: TrainingFlags, name: str, init: str, place: Place
+                   ) -> tuple[CausalLM, str]:
+    """(the model to train, the name of its frozen base). What is trained is fp32: the LoRA
+    matrices, or with rank 0 everything.
 
     An adapter to start from keeps its own rank, alpha and targets: its A and B are trained on.
     """
     base, adapter = base_and_adapter(name, init)
-    if adapter and not rank:
-        raise UserError("--init is an adapter: --lora_rank 0 trains all weights and cannot go on with it; give a merged model folder")
-    model = load_model(base, adapter, dtype if rank else torch.float32, device)
-    if rank and not adapter:
-        add_lora(model, rank, alpha, targets, seed)
+    if adapter and not flags.lora_rank:
+        raise UserError("--init is an adapter: --lora_rank 0 trains all weights and cannot go on "
+                        "with it; give a merged model folder")
+    dtype = place.dtype if flags.lora_rank else torch.float32
+    model = load_model(base, adapter, dtype, place.device)
+    if flags.lora_rank and not adapter:
+        add_lora(model, flags.lora_rank, flags.lora_alpha, list(flags.lora_targets), flags.seed)
     for p in model.parameters():
-        p.requires_grad_(p.requires_grad or not rank)
+        p.requires_grad_(p.requires_grad or not flags.lora_rank)
     return model, base
 
 
@@ -154,25 +217,31 @@ def load_weights(model: CausalLM, folder: Path) -> None:
     if lora_state(model):
         load_adapter_weights(model, folder)
     else:
-        model.load_state_dict(read_weights(folder, model), strict=False)
+        stored = read_weights(folder)
+        check_fit(dict(model.named_parameters()), stored, str(folder))
+        model.load_state_dict(stored, strict=False)
 
 
 def save_model(model: CausalLM, tokenizer: Tokenizer, path: str | Path) -> None:
-    """Write a complete Hugging Face folder: config.json (both rope forms), weights, tokenizer, template, generation config.
+    """Write a complete Hugging Face folder: config, weights, tokenizer, chat template. LoRA must be
+    merged before.
 
-    LoRA must be merged before. Readers of old and new config files find the rope settings in the form they know.
+    config.json holds what was read of the base's, and the rope settings in their old and new form.
     """
-    path, state = Path(path), model.state_dict()
+    path, state, c = Path(path), model.state_dict(), model.config
     if any(".lora_" in name for name in state):
         raise ValueError("merge_lora before save_model")
-    if model.config.tie_word_embeddings:
-        del state["lm_head.weight"]
+    if c.tie_word_embeddings:
+        del state[HEAD]
     dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
-    rope, architecture = model.config.rope, f"{model.config.model_type.capitalize()}ForCausalLM"
-    scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
-    config = {**model.config.raw, "architectures": [architecture], "dtype": dtype, "torch_dtype": dtype, "rope_parameters": rope,
-              "rope_theta": rope["rope_theta"], "rope_scaling": None if rope["rope_type"] == "default" else scaling}
+    scaling = {k: v for k, v in c.rope.items() if k != "rope_theta"}
+    config = c.raw | {
+        "architectures": [f"{c.model_type.capitalize()}ForCausalLM"],
+        "dtype": dtype, "torch_dtype": dtype, "tie_word_embeddings": c.tie_word_embeddings,
+        "rope_parameters": c.rope, "rope_theta": c.rope["rope_theta"],
+        "rope_scaling": None if c.rope["rope_type"] == "default" else scaling}
     for file, text in tokenizer.files.items():
         write_text(path / file, text)
     write_text(path / "config.json", json.dumps(config, indent=2) + "\n")
-    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, path / "model.safetensors", metadata={"format": "pt"})
+    tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})

@@ -1,10 +1,12 @@
-"""One decoder-only transformer for llama, qwen2, qwen3 and mistral checkpoints, under their Hugging Face key names.
+"""One decoder-only transformer for llama, qwen2, qwen3 and mistral, by their Hugging Face names.
 
-Shapes: B rows, T positions, S cached positions, D width, H query heads, K key/value heads, d head_dim, F MLP width, V vocabulary.
+Shapes: B rows, T positions, S cached positions, D width, H query heads, K key/value heads,
+d head_dim, F MLP width, V vocabulary.
 """
 
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +14,29 @@ from torch import Tensor, nn
 
 from ease.records import UserError
 
-MODEL_TYPES = ("llama", "qwen2", "qwen3", "mistral")
-ROPE_TYPES = ("default", "linear", "llama3")
+# Every key of config.json that is read, and transformers' default where it is left out.
+SHARED = {
+    "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "head_dim": None,
+    "rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False}
+QWEN = SHARED | {
+    "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32,
+    "max_position_embeddings": 32768, "use_sliding_window": False, "sliding_window": 4096,
+    "layer_types": None, "max_window_layers": 28}
+DEFAULTS = {
+    "llama": SHARED | {
+        "vocab_size": 32000, "intermediate_size": 11008, "num_key_value_heads": None,
+        "max_position_embeddings": 2048, "attention_bias": False, "mlp_bias": False},
+    "qwen2": QWEN,
+    "qwen3": QWEN | {"head_dim": 128, "attention_bias": False},
+    "mistral": SHARED | {
+        "vocab_size": 32000, "intermediate_size": 14336, "num_key_value_heads": 8,
+        "max_position_embeddings": 131072, "sliding_window": 4096, "layer_types": None}}
+KEPT = ("model_type", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
+LAYER_TYPES = ("full_attention", "sliding_attention")
+ORIGINAL = "original_max_position_embeddings"
+ROPE_TYPES = {  # and the fields each needs beside rope_theta
+    "default": (), "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL)}
 
 
 @dataclass(frozen=True)
@@ -29,55 +52,106 @@ class ModelConfig:
     num_key_value_heads: int
     head_dim: int
     rms_norm_eps: float
+    max_position_embeddings: int
+    sliding_window: int | None  # of some layer; windowed attention itself is not implemented
     rope: dict  # {"rope_type", "rope_theta", and what that type needs}
     tie_word_embeddings: bool
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool  # qwen3: RMSNorm on every query and key head
-    sliding_window: int  # mistral: 0, or a window that no sequence may exceed (windowed attention is not implemented)
-    raw: dict = field(repr=False, compare=False)  # the file as it was, for save_model
+    raw: dict = field(repr=False, compare=False)  # the file's fields that are known, for save_model
+
+    @property
+    def context(self) -> int:
+        """The longest sequence the model may see: within its window, a window changes nothing."""
+        longest = self.max_position_embeddings
+        return min(longest, self.sliding_window or longest)
 
     @classmethod
-    def from_json(cls, c: dict, where: str = "config.json") -> "ModelConfig":
+    def from_json(cls, stored: dict, where: str = "config.json") -> "ModelConfig":
         """Read a parsed config.json. What is not implemented is refused by name."""
-        kind = c.get("model_type")
-        if kind not in MODEL_TYPES:
-            raise UserError(f"{where}: model_type {kind!r} is not supported; supported: {', '.join(MODEL_TYPES)}")
-        if c.get("hidden_act", "silu") != "silu":
-            raise UserError(f"{where}: hidden_act {c['hidden_act']!r} is not supported; supported: silu")
-        if c.get("use_sliding_window"):
-            raise UserError(f"{where}: use_sliding_window is not supported")
-        try:
-            heads = c["num_attention_heads"]
-            bias = kind == "qwen2" or kind in ("llama", "qwen3") and bool(c.get("attention_bias", False))
-            head_dim = c.get("head_dim") or (128 if kind == "qwen3" else c["hidden_size"] // heads)  # transformers' defaults
-            return cls(
-                model_type=kind, vocab_size=c["vocab_size"], hidden_size=c["hidden_size"],
-                intermediate_size=c["intermediate_size"], num_hidden_layers=c["num_hidden_layers"], num_attention_heads=heads,
-                num_key_value_heads=c.get("num_key_value_heads") or heads,
-                head_dim=head_dim, rms_norm_eps=c.get("rms_norm_eps", 1e-6), rope=rope_settings(c, where),
-                tie_word_embeddings=bool(c.get("tie_word_embeddings", False)),
-                qkv_bias=bias, o_bias=bias and kind != "qwen2", mlp_bias=bool(c.get("mlp_bias", False)) and kind == "llama",
-                qk_norm=kind == "qwen3", sliding_window=(c.get("sliding_window") or 0) if kind == "mistral" else 0, raw=c)
-        except KeyError as e:
-            raise UserError(f"{where}: field {e} is missing") from None
+        kind = stored.get("model_type")
+        if kind not in tuple(DEFAULTS):
+            refuse(where, "model_type", kind, DEFAULTS)
+        c = {name: stored.get(name, default) for name, default in DEFAULTS[kind].items()}
+        if c.get("use_sliding_window") is False:
+            c["sliding_window"] = None
+        for name, default in DEFAULTS[kind].items():
+            check_value(where, name, c[name], default)
+        heads, bias = c["num_attention_heads"], kind == "qwen2" or c.get("attention_bias", False)
+        c["num_key_value_heads"] = c["num_key_value_heads"] or heads
+        c["head_dim"] = c["head_dim"] or c["hidden_size"] // heads
+        c["sliding_window"] = window_of(c, where)
+        if heads % c["num_key_value_heads"]:
+            refuse(where, f"{heads} heads and num_key_value_heads", c["num_key_value_heads"])
+        if c["head_dim"] % 2 or not c["head_dim"]:
+            refuse(where, "head_dim", c["head_dim"])
+        return cls(
+            model_type=kind, rope=rope_settings(stored, c["max_position_embeddings"], where),
+            qkv_bias=bias, o_bias=bias and kind != "qwen2", qk_norm=kind == "qwen3",
+            raw={n: v for n, v in stored.items() if n in DEFAULTS[kind] or n in KEPT},
+            **{"mlp_bias": False} | {n: v for n, v in c.items() if n in cls.__annotations__})
 
 
-def rope_settings(c: dict, where: str) -> dict:
-    """The rotary settings in either form: `rope_parameters` (transformers 5) first, else rope_theta + rope_scaling."""
-    rope = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})
-    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
-    rope.setdefault("rope_theta", c.get("rope_theta") or 10000.0)  # 10000 is both families' documented default
-    if rope["rope_type"] not in ROPE_TYPES:
-        raise UserError(f"{where}: rope_type {rope['rope_type']!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
-    if rope.get("partial_rotary_factor", c.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise UserError(f"{where}: partial_rotary_factor is not supported")
-    needs = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-    for name in needs.get(rope["rope_type"], ()):
-        if name not in rope:
-            raise UserError(f"{where}: rope_type {rope['rope_type']!r} needs field {name!r}")
-    return rope
+def positive(value) -> bool:
+    """Whether a value from a file is a number above 0 (no flag, no nan, no infinity)."""
+    return type(value) in (int, float) and 0 < value < 1e15
+
+
+def refuse(where: str, name: str, value, supported=()) -> None:
+    """Say in one line which value of which file cannot be used."""
+    hint = f"; supported: {', '.join(supported)}" if supported else ""
+    raise UserError(f"{where}: {name} {value!r:.60} is not supported{hint}")
+
+
+def check_value(where: str, name: str, value, default) -> None:
+    """Refuse a value that is not of its default's type; null only where transformers takes it."""
+    supported = {"hidden_act": ("silu", "swish"), "layer_types": LAYER_TYPES}.get(name, ())
+    if value is None and (default is None or name in ("num_key_value_heads", "sliding_window")):
+        return
+    if name == "layer_types":
+        good = isinstance(value, list) and all(v in supported for v in value)
+    elif isinstance(default, str):
+        good = value in supported
+    elif isinstance(default, bool):
+        good = isinstance(value, bool)
+    else:
+        good = positive(value) and (isinstance(default, float) or isinstance(value, int))
+    if not good and (name, value) != ("max_window_layers", 0):
+        refuse(where, name, value, supported)
+
+
+def window_of(c: dict, where: str) -> int | None:
+    """The sliding window if a layer has one: by layer_types, or from max_window_layers on."""
+    window, types = c.get("sliding_window"), c.get("layer_types")
+    slides = c.get("max_window_layers", 0) < c["num_hidden_layers"]
+    if types is not None:
+        slides = "sliding_attention" in types
+        if slides and window is None:
+            refuse(where, "layer_types with sliding_attention and sliding_window", window)
+    return window if slides else None
+
+
+def rope_settings(c: dict, longest: int, where: str) -> dict:
+    """The rotary settings in either form, in transformers' order: rope_scaling, rope_parameters
+    (transformers 5), rope_theta. `longest` is max_position_embeddings."""
+    rope = c.get("rope_scaling") or c.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or any(isinstance(v, dict) for v in rope.values()):
+        refuse(where, "rope_parameters", rope)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in tuple(ROPE_TYPES):
+        refuse(where, "rope_type", kind, ROPE_TYPES)
+    partial = rope.get("partial_rotary_factor", c.get("partial_rotary_factor"))
+    if partial not in (None, 1):
+        refuse(where, "partial_rotary_factor", partial)
+    rope = {"rope_theta": c.get("rope_theta", 10000.0), ORIGINAL: longest} | rope
+    rope[ORIGINAL] = c.get(ORIGINAL) or rope[ORIGINAL]
+    needed = ("rope_theta", *ROPE_TYPES[kind])
+    for name in needed:
+        if not positive(rope.get(name)):
+            raise UserError(f"{where}: rope_type {kind!r} needs field {name!r}, a positive number")
+    return {"rope_type": kind} | {name: rope[name] for name in needed}
 
 
 class RMSNorm(nn.Module):
@@ -90,27 +164,30 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
         x32 = x.float()
-        return self.weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        scale = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)  # (..., 1)
+        return self.weight * (x32 * scale).to(x.dtype)
 
 
 def rope_frequencies(rope: dict, head_dim: int, device: torch.device) -> Tensor:
     """Inverse frequencies (d/2,), fp32: theta^(-2i/d), then scaled by rope_type.
 
-    linear: divided by factor. llama3: long waves divided by factor, short ones kept, a linear blend in between.
+    linear: divided by factor. llama3: long waves divided by factor, short ones kept, a linear
+    blend in between.
     """
-    inv = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2, device=device).float() / head_dim)  # (d/2,)
+    pairs = torch.arange(0, head_dim, 2, device=device)  # (d/2,)
+    inv = 1.0 / rope["rope_theta"] ** (pairs.float() / head_dim)
     if rope["rope_type"] == "linear":
         return inv / rope["factor"]
     if rope["rope_type"] == "llama3":
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        turns = rope["original_max_position_embeddings"] * inv / (2 * math.pi)  # full turns within the original context
+        turns = rope[ORIGINAL] * inv / (2 * math.pi)  # full turns within that length
         keep = ((turns - low) / (high - low)).clamp(0, 1)  # 0: scale wholly, 1: keep
         return keep * inv + (1 - keep) * inv / rope["factor"]
     return inv
 
 
-def rope_tables(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (B, 1, T, d), for positions (B, T). The half-split layout of HF checkpoints: pairs are (i, i + d/2)."""
+def rope_tables(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple:
+    """cos and sin (B, 1, T, d) of positions (B, T). HF's half-split layout: pairs (i, i + d/2)."""
     angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, d/2)
     angles = torch.cat((angles, angles), dim=-1)  # (B, 1, T, d)
     return angles.cos().to(dtype), angles.sin().to(dtype)
@@ -123,26 +200,37 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Static keys and values of `slots` rows of up to `length` positions. A slot is reused by writing over it from position 0."""
+    """Keys and values, (L, slots, K, length, d). A slot is reused by writing from position 0."""
 
-    def __init__(self, config: ModelConfig, slots: int, length: int, dtype: torch.dtype, device: torch.device):
-        shape = (config.num_hidden_layers, slots, config.num_key_value_heads, length, config.head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)  # (L, slots, K, length, d)
+    def __init__(self, c: ModelConfig, slots: int, length: int, dtype: torch.dtype, device):
+        shape = (c.num_hidden_layers, slots, c.num_key_value_heads, length, c.head_dim)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
 
     def write(self, layer: int, first: int, positions: Tensor, k: Tensor, v: Tensor) -> None:
         """Store k, v (B, K, T, d) of slots first .. first + B - 1 at `positions` (B, T)."""
-        slots = torch.arange(first, first + len(positions), device=positions.device)[:, None]  # (B, 1)
-        self.k[layer][slots, :, positions] = k.transpose(1, 2)  # advanced indices in front: (B, T, K, d)
+        slots = torch.arange(first, first + len(positions), device=positions.device)[:, None]
+        self.k[layer][slots, :, positions] = k.transpose(1, 2)  # indices in front: (B, T, K, d)
         self.v[layer][slots, :, positions] = v.transpose(1, 2)
 
     def read(self, layer: int, first: int, rows: int, span: int) -> tuple[Tensor, Tensor]:
         """Keys and values (rows, K, span, d) of consecutive slots: views, nothing is copied."""
-        return self.k[layer][first : first + rows, :, :span], self.v[layer][first : first + rows, :, :span]
+        slots = slice(first, first + rows)
+        return self.k[layer][slots, :, :span], self.v[layer][slots, :, :span]
 
     def move(self, source: int, target: int) -> None:
         """Slot target becomes a copy of slot source."""
         self.k[:, target], self.v[:, target] = self.k[:, source], self.v[:, source]
+
+
+class Cached(NamedTuple):
+    """What one layer's attention needs to go on from cached keys and values."""
+
+    cache: KVCache
+    layer: int
+    first: int  # slot of row 0
+    positions: Tensor  # (B, T), where this call's keys are written
+    mask: Tensor  # (B, 1, T, S), true where a query may look
 
 
 class Attention(nn.Module):
@@ -150,29 +238,36 @@ class Attention(nn.Module):
 
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.head_dim = c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
-        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.o_bias)
-        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        D, d, H, K = c.hidden_size, c.head_dim, c.num_attention_heads, c.num_key_value_heads
+        self.head_dim = d
+        self.q_proj = nn.Linear(D, H * d, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(D, K * d, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(D, K * d, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(H * d, D, bias=c.o_bias)
+        self.q_norm = RMSNorm(d, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(d, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cached=None) -> Tensor:
-        """x (B, T, D) -> (B, T, D). cached: None, or (cache, layer, first slot, positions (B, T), mask (B, 1, T, S))."""
+    def forward(self, x: Tensor, rope: tuple, cached: Cached | None = None) -> Tensor:
+        """x (B, T, D) -> (B, T, D); rope: cos and sin (B, 1, T, d)."""
         B, T, _ = x.shape
-        q, k, v = (p(x).view(B, T, -1, self.head_dim).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)  # (B, H, T, d), (B, K, T, d)
-        mask = None
-        if cached is not None:
+        by_head = (B, T, -1, self.head_dim)
+        q = self.q_norm(self.q_proj(x).view(by_head).transpose(1, 2))  # (B, H, T, d)
+        k = self.k_norm(self.k_proj(x).view(by_head).transpose(1, 2))  # (B, K, T, d)
+        v = self.v_proj(x).view(by_head).transpose(1, 2)  # (B, K, T, d)
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        attend, grouped = F.scaled_dot_product_attention, q.shape[1] != k.shape[1]
+        if cached is None:  # right padding needs no mask: no real position looks to its right
+            out = attend(q, k, v, is_causal=True, enable_gqa=grouped)  # (B, H, T, d)
+        else:
             cache, layer, first, positions, mask = cached
             cache.write(layer, first, positions, k, v)
             k, v = cache.read(layer, first, B, mask.shape[-1])  # (B, K, S, d)
-        if mask is not None and T == 1:  # decoding: the H / K queries of a key head become its rows, so that no key is repeated
-            out = F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, self.head_dim), k, v, attn_mask=mask).reshape(B, -1, 1, self.head_dim)
-        else:  # right padding needs no mask: a real position never looks to its right
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+            if T == 1:  # decoding: a key head's H/K queries as its rows, so no key is repeated
+                q = q.reshape(B, k.shape[1], -1, self.head_dim)  # (B, K, H/K, d)
+                out = attend(q, k, v, attn_mask=mask).reshape(B, -1, 1, self.head_dim)
+            else:
+                out = attend(q, k, v, attn_mask=mask, enable_gqa=grouped)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
 
 
 class MLP(nn.Module):
@@ -180,9 +275,10 @@ class MLP(nn.Module):
 
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+        width, inner = c.hidden_size, c.intermediate_size
+        self.gate_proj = nn.Linear(width, inner, bias=c.mlp_bias)
+        self.up_proj = nn.Linear(width, inner, bias=c.mlp_bias)
+        self.down_proj = nn.Linear(inner, width, bias=c.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D), through F."""
@@ -194,17 +290,19 @@ class Block(nn.Module):
 
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.input_layernorm, self.self_attn = RMSNorm(c.hidden_size, c.rms_norm_eps), Attention(c)
-        self.post_attention_layernorm, self.mlp = RMSNorm(c.hidden_size, c.rms_norm_eps), MLP(c)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cached=None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple, cached: Cached | None = None) -> Tensor:
         """x (B, T, D) -> (B, T, D); rope and cached as in Attention."""
         x = x + self.self_attn(self.input_layernorm(x), rope, cached)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks and final norm: what HF checkpoints keep under the prefix `model.`."""
+    """Embedding, blocks and final norm: what checkpoints keep under the prefix `model.`."""
 
     def __init__(self, c: ModelConfig):
         super().__init__()
@@ -214,7 +312,7 @@ class Decoder(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """The whole model. `hidden` and `logits` are apart so that a loss can select its positions before the (large) head."""
+    """The whole model. A loss selects its positions between `hidden` and the large `logits`."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -232,23 +330,24 @@ class CausalLM(nn.Module):
                positions: Tensor | None = None, span: int = 0) -> Tensor:
         """Last hidden states (B, T, D) of ids (B, T), right-padded.
 
-        With a cache, row b writes its keys at positions[b] (B, T) of slot first + b and looks at the cached positions 0 ..
-        positions[b] of that slot; `span` = S bounds the positions looked at.
+        With a cache, row b writes its keys at positions[b] (B, T) of slot first + b and looks at
+        the cached positions 0 .. positions[b] of that slot; `span` = S bounds those looked at.
         """
-        if self.config.sliding_window and max(span, ids.shape[1]) > self.config.sliding_window:
-            raise UserError(f"a sequence of {max(span, ids.shape[1])} tokens exceeds the model's sliding window of "
-                            f"{self.config.sliding_window}, which is not implemented")
+        c, length = self.config, max(span, ids.shape[1])
+        if length > c.context:
+            limit = "sliding window" if c.sliding_window == c.context else "max_position_embeddings"
+            raise UserError(
+                f"a sequence of {length} tokens exceeds the model's {limit} of {c.context}")
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
         x = self.model.embed_tokens(ids)  # (B, T, D)
         # computed anew each time: a stored table would be rounded by model.to(bfloat16)
-        rope = rope_tables(positions, rope_frequencies(self.config.rope, self.config.head_dim, ids.device), x.dtype)
-        cached = mask = None
+        frequencies = rope_frequencies(c.rope, c.head_dim, ids.device)
+        rope = rope_tables(positions, frequencies, x.dtype)
         if cache is not None:
-            mask = torch.arange(span, device=ids.device) <= positions[:, None, :, None]  # (B, 1, T, S)
+            mask = torch.arange(span, device=ids.device) <= positions[:, None, :, None]
         for i, layer in enumerate(self.model.layers):
-            if cache is not None:
-                cached = (cache, i, first, positions, mask)
+            cached = None if cache is None else Cached(cache, i, first, positions, mask)
             x = layer(x, rope, cached)
         return self.model.norm(x)
 

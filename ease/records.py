@@ -1,25 +1,40 @@
-"""The one data format: a Record is one prompt and all that is known of it; files are JSON Lines, one Record a line.
+"""The one data format: a Record is one prompt and all that is known of it; files are JSON Lines.
 
 Every script reads and writes Records, so the stages of the method join by construction.
 """
 
+import hashlib
+import importlib
 import json
 import math
 import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-# The four kinds of prompt. "adversarial" = wrapped in a jailbreak; its benign twins look alike but ask for nothing bad.
+# "adversarial" = wrapped in a jailbreak; its benign twins look alike but ask for nothing bad.
 KINDS = ("adversarial_harmful", "adversarial_benign", "harmful", "benign")
 HARMFUL_KINDS = ("adversarial_harmful", "harmful")
 
-# Three values everywhere: the third is counted and reported beside the others, never folded into one of them.
+# Three values everywhere: the third is counted and reported, never folded into another one.
 SAFE, UNSAFE, UNPARSED = "safe", "unsafe", "unparsed"  # a judge's verdict on an answer
-WELL_FORMED, ABSENT, UNCLOSED = "well_formed", "absent", "unclosed"  # how a text stands to its think block
+WELL_FORMED, ABSENT, UNCLOSED = "well_formed", "absent", "unclosed"  # a text's think block
+
+# What a file begins with that is no plain text: modules that unpack it, and what is not read here.
+PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\0": "lzma"}
+FOREIGN = {
+    b"PAR1": "Parquet", b"ARROW1": "Arrow", b"\xff\xff\xff\xff": "an Arrow stream",
+    b"PK\3\4": "a zip archive or an Excel sheet", b"(\xb5/\xfd": "zstandard",
+    b"version https://git-lfs": "a git-lfs pointer, not the file itself",
+}
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. Scripts print it as one line on stderr and exit with status 2."""
+    """A mistake that the user can mend. Scripts print it as one line on stderr, exit status 2."""
+
+
+def digest(text: str) -> str:
+    """An id that equal texts share in every file."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -29,8 +44,9 @@ class Record:
     id: unique in its file                      kind: one of KINDS
     response: the (reference) answer            reasoning: the trace, without think markers
     categories: safety categories (policies.py) source: data set, or part of it
-    group: id of the underlying request; attacks on one request, and its plain form, share it
-    attack: jailbreak family                    target: how a compliant answer starts (AdvBench's column `target`)
+    group: id of the underlying request, which its attacked and its plain forms share; by default
+        the prompt's digest: ids may be row numbers, which say nothing outside their file
+    attack: jailbreak family                    target: how a compliant answer starts (AdvBench)
     """
 
     id: str
@@ -44,15 +60,14 @@ class Record:
     attack: str = ""
     target: str = ""
 
+    def __post_init__(self):
+        if not self.group:
+            object.__setattr__(self, "group", digest(self.prompt))  # frozen for everybody else
+
     @property
     def harmful(self) -> bool:
         """Whether the request is harmful, disguised or not."""
         return self.kind in HARMFUL_KINDS
-
-    @property
-    def request(self) -> str:
-        """The underlying request's id: `group` where there is one, else the record's own id."""
-        return self.group or self.id
 
 
 @dataclass
@@ -64,7 +79,7 @@ class Response:
     opened: it begins with the open        nobody asked
         marker's own token ids         tokens: generated ones, "reasoning" + "answer" = "total"
     verdicts: {judge: verdict}         seconds: its share of the steps it took part in
-    vulnerable: whether the ORIGINAL model's answer to this prompt was judged unsafe; None: not known
+    vulnerable: whether the ORIGINAL model's answer to the prompt was judged unsafe; None: not known
     """
 
     record: Record
@@ -81,54 +96,84 @@ class Response:
     vulnerable: bool | None = None
 
 
+def check_text(value: object, name: str, where: str) -> str:
+    """A field's text, null as ""; any other value, and half a surrogate pair, is an error."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise UserError(f"{where}: field {name!r} must be a string, found {type(value).__name__}")
+    if any("\ud800" <= c <= "\udfff" for c in value):
+        raise UserError(f"{where}: field {name!r} has half of a surrogate pair: no valid Unicode")
+    return value
+
+
 def record_from_dict(row: dict, where: str) -> Record:
-    """Check one parsed JSON object and make a Record of it. `where` ("file:line") begins every error message."""
+    """A Record of one parsed object: the door for all that is read. Null = not known.
+
+    `where` ("file:line") begins every error message.
+    """
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
-    names = {f.name for f in fields(Record)}
-    if unknown := sorted(set(row) - names):
-        raise UserError(f"{where}: unknown field {unknown[0]!r}; a record has {', '.join(f.name for f in fields(Record))}")
+    known = [f.name for f in fields(Record)]
+    if unknown := [name for name in row if name not in known]:
+        raise UserError(f"{where}: unknown field {unknown[0]!r}; a record has {', '.join(known)}")
+    categories = row.get("categories") or ()
+    if not isinstance(categories, list | tuple):
+        raise UserError(f"{where}: field 'categories' must be a list of strings")
+    texts = {k: check_text(v, k, where) for k, v in row.items() if k != "categories"}
     for name in ("id", "prompt", "kind"):
-        if name not in row:
-            raise UserError(f"{where}: field {name!r} is missing")
-    for name, value in row.items():
-        if name == "categories":
-            if not (isinstance(value, list | tuple) and all(isinstance(c, str) for c in value)):
-                raise UserError(f"{where}: field 'categories' must be a list of strings")
-        elif not isinstance(value, str):
-            raise UserError(f"{where}: field {name!r} must be a string, found {type(value).__name__}")
-        elif any("\ud800" <= c <= "\udfff" for c in value):
-            raise UserError(f"{where}: field {name!r} has half of a surrogate pair: no valid Unicode")
-    for name in ("id", "prompt"):
-        if not row[name].strip():
-            raise UserError(f"{where}: field {name!r} is empty")
-    if row["kind"] not in KINDS:
-        raise UserError(f"{where}: field 'kind' is {row['kind']!r}; it must be one of {', '.join(KINDS)}")
-    return Record(**{**row, "categories": tuple(row.get("categories", ()))})
+        if not texts.get(name, "").strip():
+            problem = "missing" if row.get(name) is None else "empty"
+            raise UserError(f"{where}: field {name!r} is {problem}")
+    if texts["kind"] not in KINDS:
+        raise UserError(f"{where}: field 'kind' is {texts['kind']!r}; expected {', '.join(KINDS)}")
+    return Record(**texts, categories=tuple(check_text(c, "categories", where) for c in categories))
 
 
 def read_text(path: str | Path) -> str:
-    """A UTF-8 file (a byte order mark is skipped)."""
+    """A text file: UTF-8, or UTF-16 by its byte order mark; gzip, bzip2 and xz are unpacked."""
     try:
-        return Path(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path}: not UTF-8 text (byte {e.start})") from None
+        data = Path(path).read_bytes()
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}") from None
-
-
-def read_lines(path: str | Path) -> list[tuple[str, dict]]:
-    """The objects of a JSON Lines file, each with its place "file:line". Blank lines are skipped."""
-    out = []
-    for number, line in enumerate(read_text(path).split("\n"), start=1):  # not splitlines(): U+2028 may stand inside a string
-        if line.strip():
+    for start, module in PACKED.items():
+        if data.startswith(start):
             try:
-                out.append((f"{path}:{number}", json.loads(line)))
-            except json.JSONDecodeError as e:
-                raise UserError(f"{path}:{number}: not JSON ({e.msg} at column {e.colno})") from None
-    if not out:
+                data = importlib.import_module(module).decompress(data)
+            except Exception as e:  # each module has errors of its own
+                raise UserError(f"{path}: damaged {module} file ({e})") from None
+    for start, name in FOREIGN.items():
+        if data.startswith(start):
+            raise UserError(f"{path}: this is {name}; what is read: CSV, TSV, JSON and JSON Lines, "
+                            "in UTF-8 or UTF-16, also packed with gzip, bzip2 or xz")
+    encoding = "UTF-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "UTF-8"
+    try:
+        return data.decode(encoding).removeprefix("\ufeff")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: not {encoding} text (byte {e.start})") from None
+
+
+def parse_json(text: str, path: str | Path, line: int = 1) -> object:
+    """json.loads of a text that begins at a line of a file, which an error names."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as e:
+        place = f"{path}:{line + e.lineno - 1}"
+        raise UserError(f"{place}: not JSON ({e.msg} at column {e.colno})") from None
+    except (ValueError, RecursionError) as e:  # a number of 5,000 digits, 10,000 brackets
+        raise UserError(f"{path}:{line}: not JSON ({e})") from None
+
+
+def read_lines(path: str | Path, text: str = "") -> list[tuple[str, dict]]:
+    """The values of a JSON Lines file (or of its text, where it has been read), each with its place
+    "file:line". Blank lines are skipped.
+    """
+    lines = (text or read_text(path)).split("\n")  # not splitlines(): U+2028 may stand in a string
+    found = [(f"{path}:{i}", parse_json(line, path, i)) for i, line in enumerate(lines, 1)
+             if line.strip()]
+    if not found:
         raise UserError(f"{path}: no records (the file is empty)")
-    return out
+    return found
 
 
 def unique(records: list[tuple[str, Record]]) -> list[Record]:
@@ -142,7 +187,7 @@ def unique(records: list[tuple[str, Record]]) -> list[Record]:
 
 
 def read_jsonl(path: str | Path) -> list[Record]:
-    """Read a file of Records. Errors name file:line and the field. An empty file and a repeated id are errors."""
+    """Read a file of Records. An empty file and an id that occurs twice are errors."""
     return unique([(where, record_from_dict(row, where)) for where, row in read_lines(path)])
 
 
@@ -164,3 +209,27 @@ def write_jsonl(path: str | Path, rows: list) -> None:
     """Write Records (or plain dicts) as JSON Lines, atomically."""
     dicts = [record_to_dict(r) if isinstance(r, Record) else r for r in rows]
     write_text(path, "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in dicts))
+
+
+RESPONDED_TO = ("id", "group", "kind", "attack", "source", "prompt", "target")  # of the record
+
+
+def response_to_dict(response: Response) -> dict:
+    """A line of rows.jsonl: the record's fields, its reference answer as `expected`, and the
+    response's own fields.
+    """
+    own = {f.name: getattr(response, f.name) for f in fields(Response) if f.name != "record"}
+    own["gate"] = None if math.isnan(response.gate) else response.gate
+    record = {name: getattr(response.record, name) for name in RESPONDED_TO}
+    return {**record, "expected": response.record.response, **own}
+
+
+def read_responses(path: str | Path) -> list[Response]:
+    """The inverse, for a whole file."""
+    names, responses = {f.name for f in fields(Response)}, []
+    for _, row in read_lines(path):
+        record = Record(response=row["expected"], **{name: row[name] for name in RESPONDED_TO})
+        own = {name: value for name, value in row.items() if name in names}
+        gate = math.nan if row["gate"] is None else row["gate"]
+        responses.append(Response(**own | {"record": record, "gate": gate}))
+    return responses

@@ -1,189 +1,221 @@
-"""tokenizer.json and the model's own chat template, so that prompts are the very ids the model was trained on."""
+"""tokenizer.json and the model's own chat template: prompts are the very ids the model knows."""
 
 import json
 import re
+from datetime import datetime
 from pathlib import Path
 
 from jinja2 import TemplateError
-from jinja2.ext import Extension, loopcontrols
+from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
 
+from ease.folder import FILES, add_tokens, chat_template, special_tokens, stated_stop_ids
 from ease.method import THINK_CLOSE, THINK_OPEN
-from ease.records import UserError
+from ease.records import UserError, read_text
 
-
-def read_json(path: Path) -> dict:
-    """A JSON file of a model folder, {} if it is not there."""
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise UserError(f"{path}: not JSON ({e})") from None
-
-
-class GenerationTag(Extension):
-    """{% generation %} ... {% endgeneration %}: marks the assistant's text in newer templates. Here it is no more than its content."""
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-        """The statements between the tags."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+LONGEST = 10_000_000  # characters; a template that writes more does not come to an end
 
 
 def compile_template(source: str):
-    """A chat template as transformers compiles it, sandboxed. No clock is defined, so that a prompt is the same every day."""
+    """A chat template as transformers compiles it, sandboxed, but without a clock: strftime_now
+    always tells 26 July 2024 (Llama 3.2's own default), so that a prompt is the same every day.
+    """
 
-    def raise_exception(message: str):
+    def raise_exception(message):
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, GenerationTag])
-    environment.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)  # unlike jinja's: no HTML escapes
+    def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                          sort_keys=sort_keys)  # unlike jinja's: no HTML escapes
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = datetime(2024, 7, 26).strftime
+    # {% generation %} marks the assistant's text. Here it is a mere block with its own scope.
+    source = re.sub(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})", r"\1\2with\3", source)
     try:
         return environment.from_string(source)
-    except TemplateError as e:
-        raise UserError(f"the chat template is not valid: {e}") from None
+    except Exception as e:  # mostly TemplateError, but not only
+        raise UserError(f"the chat template is not valid: {e!r}") from None
 
 
 def without_prefix(step: dict | None) -> dict | None:
-    """A normalizer or pre-tokenizer of tokenizer.json without the space that sentencepiece's (and some others) put in front."""
+    """A normalizer or pre-tokenizer without the space that sentencepiece's and some others add."""
     if step is None or step["type"] == "Prepend":
         return None
     if step["type"] == "Sequence":
         key = "normalizers" if "normalizers" in step else "pretokenizers"
         return {**step, key: [kept for kept in map(without_prefix, step[key]) if kept]}
-    return step | {"Metaspace": {"prepend_scheme": "never"}, "ByteLevel": {"add_prefix_space": False}}.get(step["type"], {})
+    off = {"Metaspace": {"prepend_scheme": "never"}, "ByteLevel": {"add_prefix_space": False}}
+    return step | off.get(step["type"], {})
 
 
 class Tokenizer:
     """Text <-> ids.
 
-    Prompt and response are encoded apart and the response in pieces, because byte-pair merges cross seams. Control tokens
-    come from the template alone: text can never forge one.
+    Prompt and response are encoded apart and the response in pieces, because byte-pair merges cross
+    seams. Control tokens come from the template alone: text can never forge one.
     """
 
-    def __init__(self, fast: FastTokenizer, template: str, settings: dict, stop_ids: set[int], files: dict[str, str]):
-        """settings: tokenizer_config.json; stop_ids: ids that end a response; files: {name: text} to save beside a model."""
+    def __init__(self, fast: FastTokenizer, template: str, settings: dict, stop_ids, files: dict):
+        """settings: {"eos_token": ..., ...} as in tokenizer_config.json; stop_ids: the ids that the
+        model's files state as ends of a response; files: {name: text} to save beside a model.
+        """
         fast.no_truncation()
         fast.no_padding()
-        self.fast, self.files = fast, files
-        self.template = compile_template(template)
-        # Control tokens: special ones, and others that the template writes (R1's "<|User|>"). Think markers are the model's to write.
+        self.fast, self.files, self.template = fast, files, compile_template(template)
+        self.names = {k: t.content for k, t in special_tokens(settings, Path()) if k}
+        self.try_template()
+        # Control tokens: special ones, ends of a response, and what the template writes besides
+        # (R1's "<|User|>"). Think markers are the model's to write.
+        markers, written = {THINK_OPEN.strip(), THINK_CLOSE.strip()}, template + self.conversation
         self.control = {t.content: i for i, t in fast.get_added_tokens_decoder().items()
-                        if (t.special or len(t.content.strip()) > 1 and t.content in template) and t.content not in (THINK_OPEN.strip(), THINK_CLOSE.strip())}
+                        if t.content not in markers
+                        and (t.special or i in stop_ids or t.content in self.names.values()
+                             or len(t.content.strip()) > 1 and t.content in written)}
         spec = json.loads(fast.to_str())
         for token in spec["added_tokens"]:
-            token["special"] = token["content"] in self.control  # "<|im_end|>" inside a text is text: see encode
-        spec |= {part: without_prefix(spec[part]) for part in ("normalizer", "pre_tokenizer")}
-        self.inner = FastTokenizer.from_str(json.dumps(spec))  # for text in the middle of a sequence
-        self.names = {k: v["content"] if isinstance(v, dict) else v
-                      for k in ("bos_token", "eos_token", "pad_token", "unk_token") if (v := settings.get(k))}
-        if self.names.get("eos_token") not in self.control:
-            raise UserError("tokenizer_config.json: 'eos_token' is missing or is no special token of tokenizer.json")
-        self.end_id = self.control[self.names["eos_token"]]  # closes every response, in training and in generation
-        self.stop_ids = frozenset(stop_ids | {self.end_id})
-        # What the template wants, found by trying: content as a string or as a list of parts; whether it takes a system turn;
-        # whether the prompt ends in an open think marker (R1).
-        user = {"role": "user", "content": "user-probe"}
-        self.content_as_parts = not self.shows([user]) and self.shows([as_parts(user)])
-        self.takes_system = self.shows([as_parts(m) if self.content_as_parts else m for m in ({"role": "system", "content": "system-probe"}, user)])
-        self.opens_thinking = self.shows([user]) and self.fill([user]).rstrip().endswith(THINK_OPEN.strip())
+            token["special"] = token["content"] in self.control  # inside a text it is text: encode
+        spec |= {key: without_prefix(spec[key]) for key in ("normalizer", "pre_tokenizer")}
+        self.inner = FastTokenizer.from_str(json.dumps(spec))  # for the middle of a sequence
+        self.end_id = self.find_end(stop_ids)  # closes every response, in training and generation
+        self.stop_ids = frozenset({*stop_ids, self.end_id})
+
+    def try_template(self) -> None:
+        """Find by trying what the template wants: content as a string or as a list of parts;
+        whether it takes a system turn; whether the prompt ends in an open think marker (R1).
+        """
+        system, user, assistant = ({"role": role, "content": f"{role}-probe"}
+                                   for role in ("system", "user", "assistant"))
+        self.content_as_parts = False
+        self.content_as_parts = not self.tried([user]) and bool(self.tried([as_parts(user)]))
+        self.takes_system = bool(self.tried([system, user]))
+        self.opens_thinking = self.tried([user]).rstrip().endswith(THINK_OPEN.strip())
+        self.conversation = self.tried([system] * self.takes_system + [user, assistant, user])
+
+    def tried(self, messages: list[dict]) -> str:
+        """The template's own output, "" if it does not take the messages or hides one."""
+        try:
+            text = self.fill(messages)
+        except Exception:  # as in render
+            return ""
+        return text if all(f"{m['role']}-probe" in text for m in messages) else ""
+
+    def turn_end(self) -> int | None:
+        """The control token that the template writes behind an assistant's text."""
+        behind = self.conversation.partition("assistant-probe")[2].lstrip()
+        return self.control.get(max(filter(behind.startswith, self.control), key=len, default=""))
+
+    def find_end(self, stop_ids) -> int:
+        """The end of a turn where it is a stop id, else eos_token, else the first stop id."""
+        eos = self.names.get("eos_token")
+        end = self.fast.token_to_id(eos) if eos else next(iter(stop_ids), None)
+        if end not in self.fast.get_vocab().values():
+            raise UserError(f"'eos_token' {eos!r} (tokenizer_config.json) is no token" if eos else
+                            "no 'eos_token' (tokenizer_config.json), and no 'eos_token_id' that is"
+                            " the id of a token (generation_config.json)")
+        return self.turn_end() if self.turn_end() in stop_ids else end
 
     @classmethod
     def from_dir(cls, path: str | Path) -> "Tokenizer":
-        """Read tokenizer.json, tokenizer_config.json, the chat template and the end-of-text ids of a model folder."""
+        """Read a model folder's tokenizer, chat template and ids that end a response."""
         path = Path(path)
-        settings = read_json(path / "tokenizer_config.json")
+        files = {name: read_text(path / name) for name in FILES
+                 if name == "tokenizer.json" or (path / name).exists()}
         try:
-            fast = FastTokenizer.from_file(str(path / "tokenizer.json"))
+            fast = FastTokenizer.from_str(files["tokenizer.json"])
         except Exception as e:  # the tokenizers library raises a bare Exception
             raise UserError(f"{path / 'tokenizer.json'}: {e}") from None
-        jinja = path / "chat_template.jinja"
-        template = jinja.read_text(encoding="utf-8") if jinja.exists() else settings.get("chat_template")
-        if isinstance(template, list):  # several named templates
-            template = {t["name"]: t["template"] for t in template}.get("default")
-        if not template:
-            raise UserError(f"{path}: no chat template (chat_template.jinja, or 'chat_template' in tokenizer_config.json)")
-        stop_ids = set()
-        for name in ("generation_config.json", "config.json"):
-            eos = read_json(path / name).get("eos_token_id")
-            stop_ids |= set(eos if isinstance(eos, list) else [] if eos is None else [eos])
-        names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
-        files = {n: (path / n).read_text(encoding="utf-8") for n in names if (path / n).exists()}
-        return cls(fast, template, settings, stop_ids, files)
+        settings, stop_ids = add_tokens(fast, path), stated_stop_ids(path)
+        template = chat_template(path, settings)
+        try:
+            self = cls(fast, template, settings, stop_ids, files)
+        except UserError as e:
+            raise UserError(f"{path}: {e}") from None
+        if (end := self.turn_end()) not in (None, *(stop_ids or [self.end_id])):
+            print(f"{path}: {fast.id_to_token(end)!r} (id {end}), which ends a turn in the chat "
+                  f"template, is no 'eos_token_id'; responses end at {sorted(self.stop_ids)}")
+        return self
 
     def encode(self, text: str, control: bool = False) -> list[int]:
-        """The ids of text in the middle of a sequence; control strings in it are the text they are, unless `control`."""
+        """The ids of text in the middle of a sequence, control strings in it as text by default."""
         self.inner.encode_special_tokens = not control
         return self.inner.encode(text, add_special_tokens=False).ids
 
-    def encode_prompt(self, messages: list[dict]) -> list[int]:
-        """The ids of a conversation, ready for the model's answer: those of apply_chat_template(add_generation_prompt=True).
+    def user_prompt(self, text: str) -> list[int]:
+        """encode_prompt of one user turn."""
+        return self.encode_prompt([{"role": "user", "content": text}])
 
-        Control strings inside a message's content become private-use placeholders before the template is rendered. The result
-        is encoded as a whole; where there are placeholders, it is cut at them and each is encoded as the text it stands for (and
-        what follows as the middle of a text, so there Llama-2's legacy tokenizers put no space behind control tokens).
+    def encode_prompt(self, messages: list[dict]) -> list[int]:
+        """The ids of a conversation, as apply_chat_template(add_generation_prompt=True) has them.
+
+        Control strings inside a message become private-use placeholders before the template is
+        rendered. The result is cut at these and each is encoded as the text it stands for (what
+        follows as the middle of a text: there Llama-2 has no space behind control tokens).
         """
-        everything = "".join(m["content"] for m in messages)
-        unused = (chr(c) for c in range(0xE000, 0xF900) if chr(c) not in everything)
-        placeholder = {token: next(unused) for token in self.control if token in everything}
-        text = self.render([{**m, "content": replace_all(m["content"], placeholder)} for m in messages])
-        restore = {mark: token for token, mark in placeholder.items()}
-        first, *parts = re.split(f"([{''.join(restore)}])", text) if restore else [text]
+        contents = "".join(m["content"] for m in messages)
+        if any("\ud800" <= c <= "\udfff" for c in contents):
+            raise UserError("a prompt has half of a surrogate pair: no valid Unicode")
+        forged = sorted((t for t in self.control if t in contents), key=len, reverse=True)
+        taken = set(contents + self.render(messages)) if forged else ()
+        unused = (c for c in map(chr, range(0xE000, 0xF900)) if c not in taken)
+        placeholder = dict(zip(forged, unused))
+        if len(placeholder) < len(forged):
+            raise UserError("a prompt has control tokens in it and no private-use character "
+                            "(U+E000 to U+F8FF) is left to stand for them")
+        for token in forged:
+            messages = [m | {"content": m["content"].replace(token, placeholder[token])}
+                        for m in messages]
+        restore = {c: token for token, c in placeholder.items()}
+        text = self.render(messages)
+        first, *later = re.split(f"([{''.join(restore)}])", text) if restore else [text]
         ids = self.fast.encode(first, add_special_tokens=False).ids
-        for part in parts:
-            ids += self.encode(restore.get(part, part), control=part not in restore)
+        for piece in later:
+            ids += self.encode(restore.get(piece, piece), control=piece not in restore)
         return ids
 
     def render(self, messages: list[dict]) -> str:
         """The chat template's text of a conversation, generation prompt included.
 
-        A system turn that the template does not take is put in front of the user's. An open think marker at the end (R1) is
-        cut off: whether to reason is for the model to decide (a teacher's is put back by traces.rejection_sample).
+        A system turn that the template does not take is put in front of the user's. An open think
+        marker at the end (R1) is cut off: whether to reason is for the model to decide (a teacher's
+        is put back by traces.rejection_sample).
         """
         if messages[0]["role"] == "system" and not self.takes_system:
             system, user, *rest = messages
-            messages = [{**user, "content": f"{system['content']}\n\n{user['content']}"}, *rest]
+            text = f"{system['content']}\n\n{user['content']}"
+            messages = [user | {"content": text}, *rest]
         try:
-            text = self.fill([as_parts(m) if self.content_as_parts else m for m in messages])
+            text = self.fill(messages)
         except Exception as e:  # a template is a program: it may fail in any way
-            raise UserError(f"the chat template failed: {e}") from None
+            raise UserError(f"the chat template failed: {e!r}") from None
         return text.rstrip().removesuffix(THINK_OPEN.strip()) if self.opens_thinking else text
 
     def fill(self, messages: list[dict]) -> str:
         """The template's own output."""
-        return self.template.render(messages=messages, add_generation_prompt=True, tools=None, documents=None, **self.names)
-
-    def shows(self, messages: list[dict]) -> bool:
-        """Whether the template takes these messages and writes their texts."""
-        try:
-            text = self.fill(messages)
-        except Exception:  # a template is a program: it may fail in any way
-            return False
-        return all(f"{m['role']}-probe" in text for m in messages)
+        messages = [as_parts(m) for m in messages] if self.content_as_parts else messages
+        text = ""
+        for piece in self.template.generate(messages=messages, add_generation_prompt=True,
+                                            tools=None, documents=None, **self.names):
+            text += piece
+            if len(text) > LONGEST:
+                raise ValueError(f"it writes more than {LONGEST:,} characters")
+        return text
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ids, control tokens shown as they are (skipping them would hide think markers that are special tokens)."""
+        """Text of ids, control tokens too (some tokenizers have the think markers among them)."""
         return self.fast.decode(ids, skip_special_tokens=False)
 
 
 def as_parts(message: dict) -> dict:
     """A message with its content as a list of parts, the form that some newer templates want."""
-    return {**message, "content": [{"type": "text", "text": message["content"]}]}
+    return message | {"content": [{"type": "text", "text": message["content"]}]}
 
 
 def shared_vocabulary(a: Tokenizer, b: Tokenizer) -> list[int]:
-    """The ids that mean the same token in both: the vocabulary over which two models' distributions can be compared."""
-    of_a, of_b = ({i: t for t, i in x.fast.get_vocab(with_added_tokens=True).items()} for x in (a, b))
+    """The ids that mean the same token in both: over them two models can be compared."""
+    of_a, of_b = ({i: t for t, i in x.fast.get_vocab().items()} for x in (a, b))
     return sorted(i for i in of_a if of_b.get(i) == of_a[i])
-
-
-def replace_all(text: str, table: dict[str, str]) -> str:
-    """Replace every key of the table by its value, longer keys first."""
-    for old in sorted(table, key=len, reverse=True):
-        text = text.replace(old, table[old])
-    return text

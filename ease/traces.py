@@ -1,132 +1,139 @@
-"""Traces "<think> CoT </think> answer": sampled from a teacher and filtered, or taken from a file (paper, phase 1, step 2)."""
+"""Traces "<think> CoT </think> answer": sampled from a teacher and filtered, or taken from a file
+(paper, phase 1, step 2; phase 2, step 3).
+"""
 
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
+from typing import Literal
 
-import torch
-from tqdm import tqdm
-
-from ease.method import THINK_OPEN, split_reasoning
-from ease.generate import generate
-from ease.judge import Judge
-from ease.model import CausalLM, KVCache
-from ease.policies import BENIGN, accept_trace, category_messages, load_policies, teacher_messages
-from ease.records import Record, UserError, record_to_dict, write_jsonl
-from ease.run import stage
-from ease.scoring import category_agreement, is_refusal
+from ease.categories import classify
+from ease.generate import Sampling
+from ease.judge import Judge, load_judge
+from ease.loading import Place, load_model, load_tokenizer
+from ease.model import CausalLM
+from ease.policies import Policy, accept_trace, load_policy, teacher_messages
+from ease.records import Record, UserError, read_jsonl, record_to_dict, write_jsonl
+from ease.respond import respond
+from ease.run import RunFlags
+from ease.scoring import is_refusal
 from ease.tokenizer import Tokenizer
 
 
-def rejection_sample(teacher: CausalLM, tokenizer: Tokenizer, judge: Judge, records: list[Record], rules: tuple[str, dict[str, str]],
-                     attempts: int, max_new_tokens: int, temperature: float, top_p: float, seed: int, slots: int,
-                     wanted: int = 1) -> tuple[list[Record], list[dict]]:
-    """Up to `attempts` samples a prompt from the teacher, who sees the policy, until `wanted` different ones are accepted.
+@dataclass(kw_only=True)
+class TraceFlags(RunFlags):
+    """How a teacher writes traces. Official: T 0.7, top_p 1, 2048 new tokens."""
 
-    rules: (instruction, {category: policy}). Returns the accepted records (in order, with reasoning and response; the second of a
-    prompt has the id ID#2) and every rejected sample as {..., "text", "attempt", "reason"}: nothing is dropped unseen.
-    """
-    opened = THINK_OPEN if tokenizer.opens_thinking else ""  # R1's template opens the block: it belongs to the trace
-    accepted: dict[str, list[Record]] = {r.id: [] for r in records}
-    rejected: list[dict] = []
-    used = set(accepted)  # ids
-    for attempt in range(attempts):
-        left = [r for r in records if len(accepted[r.id]) < wanted]
-        prompts = [tokenizer.encode_prompt(teacher_messages(r.prompt, r.categories, *rules)) + tokenizer.encode(opened) for r in left]
-        samples = generate(teacher, prompts, max_new_tokens, tokenizer.stop_ids, temperature, top_p, seed + 1000 * attempt, slots=slots,
-                           progress=f"traces, attempt {attempt + 1}")
-        texts = [opened + tokenizer.decode(s.ids) for s in samples]
-        parts = [split_reasoning(t) for t in texts]
-        verdicts = judge(left, [answer for _, answer, _ in parts])
-        for record, text, (reasoning, answer, _), verdict, s in zip(left, texts, parts, verdicts, samples, strict=True):
-            taken = accepted[record.id]
-            reason = accept_trace(record, text, verdict, is_refusal(answer), s.finished, rules[1])
-            if any((t.reasoning, t.response) == (reasoning, answer) for t in taken):
-                reason = "the same trace again"
-            if reason is None:
-                name = next(n for i in count(2) if (n := f"{record.id}#{i}") not in used) if taken else record.id
-                used.add(name)
-                taken.append(replace(record, id=name, reasoning=reasoning, response=answer))
-            else:
-                rejected.append({**record_to_dict(record), "text": text, "attempt": attempt + 1, "reason": reason})
-    return [trace for r in records for trace in accepted[r.id]], rejected
+    policies: str = ""  # JSON with the teacher's instruction and policies; default: policies.py
+    categories: Literal["record", "teacher"] = "record"  # as the prompts have them, or asked of it
+    judge: str = "xstest"  # verdicts: a guard model, target, or a refusal list (by which a safe
+    #   answer that does not refuse is unsafe)
+    attempts: int = 3  # samples a prompt before it is given up
+    samples_per_prompt: int = 1  # accepted traces a prompt, different ones, each a row to train on
+    temperature: float = 0.7  # of the teacher
+    top_p: float = 1.0  # of the teacher
+    max_new_tokens: int = 2048  # of a trace with its answer
+    filler: bool = False  # a control: traces of dots instead of words
 
 
-def first_tokens(tokenizer: Tokenizer, word: str) -> set[int]:
-    """The ids an answer may begin a word with: its forms that are one token, else the first token of the word itself."""
-    forms = [tokenizer.encode(w) for w in (word, word.title(), f" {word}", f" {word.title()}")]
-    return {f[0] for f in forms if len(f) == 1} or {forms[0][0]}
-
-
-@torch.inference_mode()
-def yes_probabilities(model: CausalLM, tokenizer: Tokenizer, questions: list[list[dict]]) -> list[float]:
-    """P(yes) / (P(yes) + P(no)) as the first token of the answer, for conversations that begin alike: what all share is computed once."""
-    words = [first_tokens(tokenizer, word) for word in ("yes", "no")]
-    if words[0] & words[1]:
-        raise UserError("this teacher's tokenizer begins 'yes' and 'no' with one token: it cannot classify")
-    rows = [tokenizer.encode_prompt(q) for q in questions]
-    shared = min(next((i for i, column in enumerate(zip(*rows)) if len(set(column)) > 1), min(map(len, rows))), min(map(len, rows)) - 1)
-    n, T, device = len(rows), max(map(len, rows)) - shared, model.device
-    cache = KVCache(model.config, n, shared + T, next(model.parameters()).dtype, device)
-    if shared:
-        positions = torch.arange(shared, device=device)[None]
-        model.hidden(torch.tensor([rows[0][:shared]], device=device), cache, 0, positions, span=shared)
-        for slot in range(1, n):
-            cache.move(0, slot)
-    ids = torch.tensor([r[shared:] + [0] * (shared + T - len(r)) for r in rows], device=device)  # (n, T)
-    positions = torch.arange(shared, shared + T, device=device).expand(n, T)
-    hidden = model.hidden(ids, cache, 0, positions, span=shared + T)  # (n, T, D)
-    p = model.logits(hidden[range(n), [len(r) - shared - 1 for r in rows]]).float().softmax(-1)  # (n, V)
-    yes, no = (p[:, sorted(w)].sum(-1) for w in words)
-    return (yes / (yes + no)).tolist()
-
-
-def classify(teacher: CausalLM, tokenizer: Tokenizer, records: list[Record], categories: tuple[str, ...]) -> list[Record]:
-    """Records with the teacher's categories: all whose P(yes) exceeds P(no), "benign" if none does (paper, phase 1, step 1). Where
-    records carry categories already, the agreement is printed.
-    """
-    if not categories:
-        raise UserError("the policy file has no category but benign: there is nothing to classify")
-    out = []
-    for r in tqdm(records, desc="categories"):
-        p = yes_probabilities(teacher, tokenizer, [category_messages(r.prompt, c) for c in categories])
-        out.append(replace(r, categories=tuple(c for c, yes in zip(categories, p) if yes > 0.5) or (BENIGN,)))
-    if labelled := [(new.categories, old.categories) for new, old in zip(out, records) if old.categories]:
-        a = category_agreement(*map(list, zip(*labelled)))
-        print(f"the teacher's categories against the {a['n']} labelled rows: accuracy {a['accuracy']:.3f}, micro F1 {a['f1']:.3f}")
-    return out
+class NoTraceAccepted(UserError):
+    """A teacher of whose samples none counts."""
 
 
 def check_categories(records: list[Record]) -> None:
-    """An error for a harmful record without categories: the teacher would be shown the policy of harmless requests."""
+    """An error for a harmful record without categories: the teacher would be shown the policy of
+    harmless requests.
+    """
     for r in records:
         if r.harmful and not r.categories:
-            raise UserError(f"row {r.id!r} is harmful and has no categories: the teacher would be shown that nothing is restricted; --categories teacher asks it")
+            raise UserError(f"row {r.id!r} is harmful and has no categories: the teacher would be "
+                            "shown that nothing is restricted; --categories teacher asks it")
 
 
-def teacher_traces(cfg, run: Path, teacher: CausalLM, tokenizer: Tokenizer, judge: Judge, records: list[Record]) -> list[Record]:
-    """Both steps with the flags of a script (its Config): categories, from the records or the teacher; then the accepted traces.
-    Leaves categories.jsonl (asked of the teacher) and rejected.jsonl.
+def with_categories(flags: TraceFlags, run: Path, teacher: str, records: list[Record], place: Place
+                    ) -> list[Record]:
+    """The records with the categories they carry or, with --categories teacher, those that the
+    teacher gives them. A stage: categories.jsonl.
     """
-    rules = load_policies(cfg.policies)
-    if cfg.categories == "teacher":
-        names = tuple(c for c in rules[1] if c != BENIGN)
-        records = stage(run / "categories.jsonl", lambda: classify(teacher, tokenizer, records, names))
-    accepted, rejected = rejection_sample(teacher, tokenizer, judge, records, rules, cfg.attempts, cfg.max_new_tokens, cfg.temperature,
-                                          cfg.top_p, cfg.seed, cfg.slots, cfg.samples_per_prompt)
+    file = run / "categories.jsonl"
+    if flags.categories == "record":
+        return records
+    if not file.exists():
+        model, tokenizer = load_model(teacher, "", *place), load_tokenizer(teacher)
+        write_jsonl(file, classify(model, tokenizer, records, load_policy(flags.policies)))
+    return read_jsonl(file)
+
+
+def teacher_traces(flags: TraceFlags, run: Path, teacher: str, records: list[Record], place: Place
+                   ) -> list[Record]:
+    """Every record with an accepted trace of the teacher's, records without one left out. A stage:
+    traces.jsonl; rejected.jsonl has all other samples, each with the reason.
+    """
+    file = run / "traces.jsonl"
+    if file.exists():
+        return read_jsonl(file)
+    model, tokenizer = load_model(teacher, "", *place), load_tokenizer(teacher)
+    accepted, rejected = rejection_sample(flags, model, tokenizer, load_judge(flags.judge, *place),
+                                          records, load_policy(flags.policies))
     write_jsonl(run / "rejected.jsonl", rejected)
-    print(f"{len(accepted)} traces for {len({r.prompt for r in accepted})} of {len(records)} prompts; {len(rejected)} samples rejected: "
+    print(f"{len(accepted)} traces for {len({r.prompt for r in accepted})} of {len(records)} "
+          f"prompts; {len(rejected)} samples rejected: "
           f"{dict(Counter(r['reason'] for r in rejected))}")
     if not accepted:
-        raise UserError(f"no trace of teacher {cfg.teacher} was accepted; the reasons are in {run / 'rejected.jsonl'}")
+        raise NoTraceAccepted(f"no trace of teacher {teacher} was accepted; the reasons are in "
+                              f"{run / 'rejected.jsonl'}")
+    write_jsonl(file, accepted)
     return accepted
 
 
-def join_traces(records: list[Record], traces: list[Record]) -> list[Record]:
-    """Give every record the first stored trace of its underlying request (`group`, else id) that is harmful or benign as it is;
-    records without one are left out. Stored traces are taken as they are: they were judged where they were made.
+def rejection_sample(flags: TraceFlags, teacher: CausalLM, tokenizer: Tokenizer, judge: Judge,
+                     records: list[Record], policy: Policy) -> tuple[list[Record], list[dict]]:
+    """Up to --attempts samples a prompt from the teacher, who sees the policy, until
+    --samples_per_prompt different ones are accepted (policies.accept_trace).
+
+    Returns the accepted records, in order, with reasoning and response (the second of a prompt has
+    the id ID#2), and every rejected sample: nothing is dropped unseen.
     """
-    by_request = {(t.request, t.harmful): t for t in reversed(traces) if t.reasoning and t.response}
-    found = [(r, by_request.get((r.request, r.harmful))) for r in records]
-    return [replace(r, reasoning=t.reasoning, response=t.response) for r, t in found if t]
+    forced = 0.0 if tokenizer.opens_thinking else None  # R1's template opens the block
+    accepted: dict[str, list[Record]] = {r.id: [] for r in records}
+    rejected, used = [], set(accepted)
+    for attempt in range(1, flags.attempts + 1):
+        left = [r for r in records if len(accepted[r.id]) < flags.samples_per_prompt]
+        if not left:
+            break
+        sampling = Sampling(flags.max_new_tokens, flags.temperature, flags.top_p,
+                            flags.seed + 1000 * attempt)
+        messages = [teacher_messages(r.prompt, r.categories, policy) for r in left]
+        samples = respond(teacher, tokenizer, left, sampling, flags.slots,
+                          f"traces, attempt {attempt}", forced, messages)
+        for sample, verdict in zip(samples, judge(samples), strict=True):
+            record, taken = sample.record, accepted[sample.record.id]
+            reason = accept_trace(sample, verdict, is_refusal(sample.answer), policy)
+            trace = replace(record, reasoning=sample.reasoning, response=sample.answer)
+            if any((t.reasoning, t.response) == (trace.reasoning, trace.response) for t in taken):
+                reason = "the same trace again"
+            if reason:
+                rejected.append(record_to_dict(record)
+                                | {"text": sample.text, "attempt": attempt, "reason": reason})
+                continue
+            names = (f"{record.id}#{i}" for i in count(2))
+            name = next(n for n in names if n not in used) if taken else record.id
+            used.add(name)
+            taken.append(replace(trace, id=name))
+    return [trace for r in records for trace in accepted[r.id]], rejected
+
+
+def join_traces(records: list[Record], traces: list[Record]) -> list[Record]:
+    """Every record with the first stored trace of its underlying request (`group`) that is harmful
+    or benign as it is; records without one are left out, counted and said. Stored traces are taken
+    as they are: they were judged where they were made.
+    """
+    usable = [t for t in traces if t.reasoning and t.response]
+    by_request = {(t.group, t.harmful): t for t in reversed(usable)}
+    pairs = [(r, by_request.get((r.group, r.harmful))) for r in records]
+    found = [replace(r, reasoning=t.reasoning, response=t.response) for r, t in pairs if t]
+    print(f"{len(found)} of {len(records)} prompts have a stored trace; the others are dropped")
+    if not found:
+        raise UserError("no prompt has a trace: --traces has none of these requests")
+    return found

@@ -1,4 +1,6 @@
-"""Slow, obvious oracles: Python loops and math, no torch operations but indexing. Written from the formulas, not from the code."""
+"""Slow, obvious oracles: Python loops and math, no torch operations but indexing. Written from the
+formulas, not from the code.
+"""
 
 import math
 
@@ -9,31 +11,35 @@ def log_softmax(row: list[float]) -> list[float]:
     return [x - top - math.log(total) for x in row]
 
 
-def cross_entropy_sum(logits: list[list[float]], targets: list[int]) -> float:
-    return sum(-log_softmax(row)[y] for row, y in zip(logits, targets))
+def cross_entropy(logits: list[list[float]], targets: list[int]) -> list[float]:
+    return [-log_softmax(row)[y] for row, y in zip(logits, targets)]
 
 
-def kl_divergence_sum(teacher: list[list[float]], student: list[list[float]], tau: float, shared: list[int]) -> float:
-    total = 0.0
+def kl_divergence(teacher: list[list[float]], student: list[list[float]], tau: float,
+                  shared: list[int]) -> list[float]:
+    out = []
     for z, s in zip(teacher, student):
-        p, q = log_softmax([z[i] / tau for i in shared]), log_softmax([s[i] / tau for i in shared])
-        total += sum(math.exp(a) * (a - b) for a, b in zip(p, q))
-    return tau * tau * total
+        p, q = (log_softmax([row[i] / tau for i in shared]) for row in (z, s))
+        out.append(tau * tau * sum(math.exp(a) * (a - b) for a, b in zip(p, q)))
+    return out
 
 
-def topk_kl_sum(teacher: list[list[float]], student: list[list[float]], k: int, tau: float) -> float:
+def topk_kl(teacher: list[list[float]], student: list[list[float]], k: int, tau: float
+            ) -> list[float]:
     """KL over k + 1 classes: the teacher's k likeliest tokens, and all others as one."""
-    total = 0.0
+    out = []
     for z, s in zip(teacher, student):
         p, q = ([math.exp(x) for x in log_softmax([x / tau for x in row])] for row in (z, s))
         top = sorted(range(len(z)), key=lambda i: -z[i])[:k]
-        classes = [(p[i], q[i]) for i in top] + [(sum(p[i] for i in range(len(z)) if i not in top), sum(q[i] for i in range(len(z)) if i not in top))]
-        total += sum(a * math.log(a / b) for a, b in classes if a > 0)
-    return tau * tau * total
+        rest = [i for i in range(len(z)) if i not in top]
+        classes = [(p[i], q[i]) for i in top] + [(sum(p[i] for i in rest), sum(q[i] for i in rest))]
+        out.append(tau * tau * sum(a * math.log(a / b) for a, b in classes if a > 0))
+    return out
 
 
-def gated_cross_entropy(logits: list[list[float]], targets: list[int], weights: list[float]) -> tuple[float, float]:
-    return sum(w * -log_softmax(row)[y] for row, y, w in zip(logits, targets, weights)), sum(weights)
+def gated_cross_entropy(logits: list[list[float]], targets: list[int], weights: list[float]
+                        ) -> list[float]:
+    return [w * -log_softmax(row)[y] for row, y, w in zip(logits, targets, weights)]
 
 
 def wilson_interval(hits: int, n: int) -> tuple[float, float]:
@@ -52,9 +58,14 @@ def wilson_interval(hits: int, n: int) -> tuple[float, float]:
     return bisect(0.0, observed) if hits else 0.0, bisect(1.0, observed) if hits < n else 1.0
 
 
-def lora(W: list[list[float]], A: list[list[float]], B: list[list[float]], scale: float, x: list[float]) -> list[float]:
+def lora(
+    W: list[list[float]], A: list[list[float]], B: list[list[float]], scale: float, x: list[float]
+) -> list[float]:
     hidden = [sum(a * v for a, v in zip(row, x)) for row in A]
-    return [sum(w * v for w, v in zip(W[i], x)) + scale * sum(b * h for b, h in zip(B[i], hidden)) for i in range(len(W))]
+    return [
+        sum(w * v for w, v in zip(W[i], x)) + scale * sum(b * h for b, h in zip(B[i], hidden))
+        for i in range(len(W))
+    ]
 
 
 def undo(family: str, fragment: str) -> str:

@@ -1,34 +1,47 @@
 import pytest
 
 from ease import batching
-from ease.batching import encode_record, encode_records, preview
+from ease.batching import count_steps, encode_record, encode_records, preview
 from ease.records import Record, UserError
 from tests.checks import verify
 from tests.tiny import TOKENIZER
 
 
-@pytest.mark.parametrize("name", ["encode_record", "batches", "collate"])
+@pytest.mark.parametrize("name", ["encode_record", "plan_batches", "collate"])
 def test_batching(name):
     verify(batching, name)
 
 
-ROWS = [Record("short", "how do i paint the car?", "benign", "to paint it."), Record("long", "how do i paint the car?", "benign", "to paint it. " * 30)]
+SHORT = Record("short", "how do i paint the car?", "benign", "to paint it.")
+LONG = Record("long", "how do i paint the car?", "benign", "to paint it. " * 30)
 
 
-def test_long_rows_are_dropped_whole_and_counted(capsys):
-    kept = encode_records(TOKENIZER, ROWS, 40)
+@pytest.mark.parametrize("max_length, context, limit", [
+    (40, 1000, "--max_length 40"), (1000, 40, "the model's context of 40 tokens")])
+def test_long_rows_are_dropped_whole_and_counted(capsys, max_length, context, limit):
+    kept = encode_records(TOKENIZER, [SHORT, LONG], max_length, context)
     assert [e.id for e in kept] == ["short"] and kept[0].ids[-1] == TOKENIZER.end_id
-    assert "dropped 1 of 2 rows longer than --max_length 40" in capsys.readouterr().out
+    assert f"dropped 1 of 2 rows longer than {limit}" in capsys.readouterr().out
+
+
+def test_nothing_but_long_rows():
     with pytest.raises(UserError, match="all 2 rows are longer than --max_length 5"):
-        encode_records(TOKENIZER, ROWS, 5)
+        encode_records(TOKENIZER, [SHORT, LONG], 5, 100)
+
+
+def test_steps():
+    assert count_steps(100, 32, 0, 2.0) == 8 and count_steps(100, 32, 5, 2.0) == 5
+    assert count_steps(3, 32, 0, 0.1) == 1
 
 
 def test_preview_shows_roles():
-    text = preview(TOKENIZER, encode_record(TOKENIZER, Record("r", "how?", "harmful", "no.", "bad.")))
-    assert [line.split()[0] for line in text.splitlines()[1:]] == ["prompt", "gate", "reasoning", "answer"]
-    assert "<|think|>\\n" in text.splitlines()[2]  # the marker's three tokens, cut apart
+    record = Record("r", "how?", "harmful", "no.", "bad.")
+    lines = preview(TOKENIZER, encode_record(TOKENIZER, record)).splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["prompt", "gate", "reasoning", "answer"]
+    assert "<|think|>\\n" in lines[2]  # the marker's three tokens, cut apart
 
 
 def test_supervised_counts_roles():
-    e = encode_record(TOKENIZER, ROWS[0])
-    assert e.supervised == sum(r > 0 for r in e.roles) == len(TOKENIZER.encode("to paint it.")) + 1
+    e = encode_record(TOKENIZER, SHORT)
+    assert e.supervised == sum(r > 0 for r in e.roles)
+    assert e.supervised == len(TOKENIZER.encode("to paint it.")) + 1

@@ -1,14 +1,12 @@
-"""A stopped run goes on: 3 + 3 steps equal 6 steps, bit for bit on the CPU, in both training scripts and both ways to train;
-and after kill -9 the same command ends with the very files of an unbroken run, in every script.
+"""A stopped run goes on: 3 + 3 steps equal 6 steps, bit for bit on the CPU, in both training
+scripts and both ways to train; and after kill -9 the same command ends with the very files of an
+unbroken run, in every script.
 """
 
-import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import fields, replace
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -16,7 +14,7 @@ from safetensors.torch import load_file
 import distill
 import evaluate
 import train
-from ease import run as run_module
+from ease.checkpoint import newest_first
 from tests.test_scripts import ROOT, rows
 
 
@@ -25,7 +23,7 @@ class Stop(Exception):
 
 
 def interrupted(module, cfg, monkeypatch, after):
-    """Run, stop as a kill would in the middle of step `after` + 1, and run the same command again."""
+    """Run, stop as a kill would in the middle of step `after` + 1, run the same command again."""
     calls, real = [], module.optimizer_step
 
     def step(*args):
@@ -42,12 +40,16 @@ def interrupted(module, cfg, monkeypatch, after):
     module.main(cfg)
 
 
-@pytest.mark.parametrize("script, rank, after", [(train, 16, 4), (train, 0, 4), (distill, 16, 4), (distill, 16, 1)])
+@pytest.mark.parametrize("script, rank, after", [
+    (train, 16, 4), (train, 0, 4), (distill, 16, 4), (distill, 16, 1)])
 def test_resume_is_exact(runs, tmp_path, monkeypatch, script, rank, after):
-    """Stopped in the step `after` + 1: steps beyond the checkpoint at 3 are lost and done again; before it, all of them."""
+    """Stopped in the step `after` + 1: steps beyond the checkpoint at 3 are lost and done again;
+    before it, all of them.
+    """
     base = runs.ease if script is train else runs.phase1
-    base = replace(base, steps=6, save_every=3, lora_rank=rank, **({"init": ""} if script is train and not rank else {"merged": False}))
-    whole, parts = replace(base, out=str(tmp_path / "whole")), replace(base, out=str(tmp_path / "parts"))
+    changes = {"init": ""} if script is train and not rank else {"merged": False}
+    base = replace(base, steps=6, save_every=3, lora_rank=rank, **changes)
+    whole, parts = (replace(base, out=str(tmp_path / name)) for name in ("whole", "parts"))
     script.main(whole)
     interrupted(script, parts, monkeypatch, after)
     name = "adapter/adapter_model.safetensors" if rank else "model/model.safetensors"
@@ -55,7 +57,7 @@ def test_resume_is_exact(runs, tmp_path, monkeypatch, script, rank, after):
         a, b = load_file(tmp_path / "whole" / file), load_file(tmp_path / "parts" / file)
         assert a.keys() == b.keys() and all((a[k] == b[k]).all() for k in a), file
     assert rows(tmp_path / "whole/metrics.jsonl") == rows(tmp_path / "parts/metrics.jsonl")
-    assert not any(p.name == "step-3" for p in run_module.newest_first(tmp_path / "parts"))
+    assert not any(p.name == "step-3" for p in newest_first(tmp_path / "parts"))
 
 
 def test_a_changed_flag_is_not_resumed(runs, tmp_path, monkeypatch):
@@ -67,44 +69,50 @@ def test_a_changed_flag_is_not_resumed(runs, tmp_path, monkeypatch):
         train.main(replace(cfg, lr=7e-4))
 
 
-def command(script, cfg) -> list[str]:
-    """The command line of a config."""
+def flags_of(cfg) -> list[str]:
+    """The flags of a config."""
     flags = []
     for f in fields(cfg):
         value = getattr(cfg, f.name)
-        if value not in ("", (), [], None):
-            flags += [f"--{f.name}", *map(str, value if isinstance(value, list | tuple) else [str(value).lower() if isinstance(value, bool) else value])]
-    return [sys.executable, f"{script.__name__}.py", *flags]
+        if value in ("", (), [], None):
+            continue
+        value = str(value).lower() if isinstance(value, bool) else value
+        flags += [f"--{f.name}", *map(str, value if isinstance(value, list | tuple) else [value])]
+    return flags
 
 
-def killed(script, cfg, signs: list[str]) -> None:
-    """Start the command; kill -9 as soon as a file of the next sign is there; start it again, and so on; at last let it end."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # two busy processes on two cores: fewer spinning barriers
-    for sign in signs:
-        process = subprocess.Popen(command(script, cfg), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not list(Path(cfg.out).glob(sign)) and process.poll() is None:
-            time.sleep(0.002)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL, f"ended before {sign} was seen"
-    found = subprocess.run(command(script, cfg), cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
+def run(script, cfg, deaths: tuple[str, ...] = ()) -> None:
+    """The command, killed at each of these writes in turn and started again; at last to its end."""
+    command = [f"{script.__name__}.py", *flags_of(cfg)]
+    for path in (*deaths, ""):
+        how = ["-m", "tests.killed", path] if path else []
+        found = subprocess.run([sys.executable, *how, *command], cwd=ROOT, capture_output=True,
+                               text=True, check=False)
+        wanted = -signal.SIGKILL if path else 0
+        assert found.returncode == wanted, f"{path or 'the end'}: {found.stderr}"
 
 
-@pytest.mark.parametrize("script, signs", [(distill, ["manifest.json", "traces.jsonl", "checkpoints/step-8"]),
-                                           (train, ["probe.jsonl", "trained_on.jsonl", "checkpoints/step-4"])])
-def test_kill_9_in_training(runs, tmp_path, script, signs):
-    base = replace(runs.ease if script is train else runs.phase1, steps=40, save_every=4, merged=False)
-    whole, parts = replace(base, out=str(tmp_path / "whole")), replace(base, out=str(tmp_path / "parts"))
-    killed(script, whole, [])
-    killed(script, parts, signs)
-    for file in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "trained_on.jsonl", "metrics.jsonl", "preview.txt"):
-        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes(), file
+@pytest.mark.parametrize("script, deaths", [
+    (distill, ("manifest.json", "!traces.jsonl", "traces.jsonl", "checkpoints/step-8",
+               "!checkpoints/step-20")),
+    (train, ("probe.jsonl", "!trained_on.jsonl", "trained_on.jsonl", "!checkpoints/step-4",
+             "checkpoints/step-12"))])
+def test_kill_9_in_training(runs, tmp_path, script, deaths):
+    base = runs.ease if script is train else runs.phase1
+    base = replace(base, steps=40, save_every=4, merged=False)
+    run(script, replace(base, out=str(tmp_path / "whole")))
+    run(script, replace(base, out=str(tmp_path / "parts")), deaths)
+    for file in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json",
+                 "trained_on.jsonl", "metrics.jsonl", "preview.txt"):
+        a, b = ((tmp_path / name / file).read_bytes() for name in ("whole", "parts"))
+        assert a == b, file
 
 
 def test_kill_9_in_evaluation(runs, tmp_path):
     base = replace(runs.test, max_new_tokens=24)
-    whole, parts = replace(base, out=str(tmp_path / "whole")), replace(base, out=str(tmp_path / "parts"))
-    killed(evaluate, whole, [])
-    killed(evaluate, parts, ["manifest.json", "rows-base.jsonl", "rows-refusal.jsonl"])
-    a, b = ([{k: v for k, v in row.items() if k != "seconds"} for row in rows(tmp_path / name / "rows.jsonl")] for name in ("whole", "parts"))
+    run(evaluate, replace(base, out=str(tmp_path / "whole")))
+    run(evaluate, replace(base, out=str(tmp_path / "parts")),
+        ("manifest.json", "rows-base.jsonl", "!rows-refusal.jsonl", "summary.json"))
+    a, b = ([{k: v for k, v in row.items() if k != "seconds"}
+             for row in rows(tmp_path / name / "rows.jsonl")] for name in ("whole", "parts"))
     assert a == b

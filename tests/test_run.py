@@ -1,49 +1,68 @@
+import io
 import json
+import os
+import subprocess
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
 from safetensors import SafetensorError
-from torch import nn
 
+import train
 from ease import run
-from ease.records import Record, UserError
-from ease.run import (command_line, finish, load_state, log, make_optimizer, newest_first, open_run, optimizer_step, parse_config, save_state,
-                      stage, stop_if_not_finite)
-from tests.checks import verify
+from ease.records import UserError
+from ease.run import (
+    RunFlags,
+    canonical,
+    changed_code,
+    code_of,
+    command_line,
+    finish,
+    is_done,
+    log,
+    open_run,
+    parse_config,
+)
+
+FP32 = (torch.float32, "cpu")
 
 
-@dataclass
-class Config:
+@dataclass(kw_only=True)
+class Config(RunFlags):
     """Flags."""
 
-    out: str  # where it goes
     rate: float = 0.5  # 50% of it
-    names: list[str] = ("a", "b")  # several
+    names: list[str] = ("a", "b")  # several, of
+    #   whatever kind
     on: bool = False  # a switch
     mode: Literal["x", "y"] = "x"  # one of two
-    slots: int = 1  # rows
     top_p: float = 1.0  # a share
-
-
-def test_learning_rate():
-    verify(run, "learning_rate")
+    prompts: str = ""  # a file
 
 
 def test_flags_are_the_fields():
-    assert parse_config(Config, ["--out", "o"]) == Config("o")
-    cfg = parse_config(Config, ["--out", "o", "--rate", "2", "--names", "c", "d", "--on", "true", "--mode", "y"])
-    assert cfg == Config("o", 2.0, ["c", "d"], True, "y")
-    assert parse_config(Config, ["--out", "o", "--on", "false"]).on is False  # bool("false") would be True
+    assert parse_config(Config, ["--out", "o"]) == Config(out="o")
+    cfg = parse_config(Config, ["--out", "o", "--rate", "2", "--names", "c", "d", "--on", "--mode",
+                                "y"])
+    assert cfg == Config(out="o", rate=2.0, names=["c", "d"], on=True, mode="y")
+    # bool("false") would be True
+    assert parse_config(Config, ["--out", "o", "--on", "false"]).on is False
+    assert parse_config(Config, ["--on", "true", "--out", "o"]).on is True
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--out", "o", "--rat", "2"], "--rat"), ([], "--out"), (["--out", "o", "--on", "yes"], "'yes' is neither true nor false"),
-    (["--out", "o", "--mode", "z"], "invalid choice"), (["--out", "o", "--rate", "x"], "invalid float"),
-    (["--out", "o", "--rate", "-1"], "--rate: -1.0 is below 0"), (["--out", "o", "--slots", "0"], "--slots: 0 is below 1"),
-    (["--out", "o", "--rate", "nan"], "--rate: nan is below 0"), (["--out", "o", "--top_p", "0"], "--top_p: 0.0 is not above 0"),
+    (["--out", "o", "--rat", "2"], "--rat"), ([], "--out"),
+    (["--out", "o", "--on", "yes"], "'yes' is neither true nor false"),
+    (["--out", "o", "--mode", "z"], "invalid choice"),
+    (["--out", "o", "--rate", "x"], "invalid float"),
+    (["--out", "o", "--rate", "-1"], "--rate: -1.0 is below 0"),
+    (["--out", "o", "--slots", "0"], "--slots: 0 is below 1"),
+    (["--out", "o", "--rate", "nan"], "--rate: nan is below 0"),
+    (["--out", "o", "--top_p", "0"], "--top_p: 0.0 is not above 0"),
     (["--out", "o", "--top_p", "1.5"], "--top_p: 1.5 is above 1")])
 def test_wrong_flags_exit_2(argv, message, capsys):
     with pytest.raises(SystemExit) as e:
@@ -55,118 +74,172 @@ def test_help_is_the_comment(capsys):
     with pytest.raises(SystemExit):
         parse_config(Config, ["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "where it goes" in text and "50% of it [0.5]" in text
+    assert "the run folder" in text and "50% of it [0.5]" in text  # inherited ones too
+    assert "several, of whatever kind [('a', 'b')]" in text
+
+
+def run_main(monkeypatch, error, argv=("--out", "o")):
+    monkeypatch.setattr(sys, "argv", ["x", *argv])
+
+    def main(cfg):
+        if isinstance(error, str):
+            print(error)
+        else:
+            raise error
+
+    main.__module__ = run.__name__
+    command_line(main, Config)
 
 
 @pytest.mark.parametrize("error, message", [
-    (UserError("file:3: field 'x'"), "error: file:3: field 'x'"), (torch.cuda.OutOfMemoryError(), "--batch_tokens"),
-    (OSError(28, "No space left on device", "f"), "f: No space left"), (SafetensorError("no space"), "safetensors: no space"), (KeyboardInterrupt(), "goes on")])
+    (UserError("file:3: field 'x'"), "error: file:3: field 'x'"),
+    (torch.cuda.OutOfMemoryError(), "--batch_tokens"),
+    (OSError(28, "No space left on device", "f"), "f: No space left"),
+    (SafetensorError("no space"), "safetensors: no space"), (KeyboardInterrupt(), "goes on")])
 def test_mistakes_are_one_line_and_status_2(error, message, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["x", "--out", "o"])
-
-    def main(cfg):
-        raise error
-
-    main.__module__ = run.__name__
     with pytest.raises(SystemExit) as e:
-        command_line(main, Config)
+        run_main(monkeypatch, error)
     err = capsys.readouterr().err
     assert e.value.code == 2 and message in err and err.count("\n") == 1
 
 
+def test_what_the_terminal_cannot_show_is_replaced(monkeypatch):
+    """allosaurus#73: an emoji on a terminal of code page 1252, in an answer or in a message."""
+    for error, stream in (
+        ("smile \U0001f600", "stdout"),
+        (UserError("f\U0001f600.jsonl"), "stderr"),
+    ):
+        raw = io.BytesIO()
+        monkeypatch.setattr(sys, stream, io.TextIOWrapper(raw, encoding="cp1252"))
+        try:
+            run_main(monkeypatch, error)
+        except SystemExit as e:
+            assert e.code == 2
+        getattr(sys, stream).flush()
+        assert b"?" in raw.getvalue()
+
+
+# ------------------------------------------------------------------------------------- the folder
 def test_a_run_folder_belongs_to_one_configuration(tmp_path):
-    data = tmp_path / "data"
+    data, folder = tmp_path / "data", str(tmp_path / "r")
     data.write_text("1")
-    out = open_run(Config(str(tmp_path / "r")), [str(data)], "cpu", "float32")
+    cfg = Config(out=folder)
+    out = open_run(cfg, [str(data), ""], FP32)
     manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["config"]["rate"] == 0.5 and manifest["inputs"][str(data)] and manifest["versions"]["torch"]
-    open_run(Config(str(tmp_path / "r"), names=["a", "b"]), [str(data)], "cpu", "float32")  # the same: goes on
+    assert manifest["config"]["rate"] == 0.5 and manifest["inputs"][str(data)]
+    assert manifest["versions"]["torch"]
+    open_run(replace(cfg, names=["a", "b"]), [str(data)], FP32)  # the same: goes on
     with pytest.raises(UserError, match="another rate .0.5, now 0.7."):
-        open_run(Config(str(tmp_path / "r"), rate=0.7), [str(data)], "cpu", "float32")
+        open_run(replace(cfg, rate=0.7), [str(data)], FP32)
     data.write_text("2")
     with pytest.raises(UserError, match="data"):
-        open_run(Config(str(tmp_path / "r")), [str(data)], "cpu", "float32")
+        open_run(cfg, [str(data)], FP32)
     data.write_text("1")
-    with pytest.raises(UserError, match="another dtype .'float32', now 'bfloat16'."):
-        open_run(Config(str(tmp_path / "r")), [str(data)], "cuda", "bfloat16")
+    with pytest.raises(UserError, match="another dtype .'torch.float32', now 'torch.bfloat16'."):
+        open_run(cfg, [str(data)], (torch.bfloat16, "cpu"))
     with pytest.raises(UserError, match="nowhere: no such file"):
-        open_run(Config(str(tmp_path / "other")), [str(tmp_path / "nowhere")], "cpu", "float32")
+        open_run(Config(out=str(tmp_path / "other")), [str(tmp_path / "nowhere")], FP32)
     assert not (tmp_path / "other").exists()  # a mended flag may still use the folder
 
 
+def test_what_cannot_change_the_result_may_change(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("data").write_text("1")
+    cfg = Config(out="r", prompts="data", names=["base=data", "x=data+data"])
+    open_run(cfg, ["data"], FP32)
+    whole = str(tmp_path / "data")
+    same = replace(cfg, out=str(tmp_path / "r") + "/", slots=3, device="cpu", prompts="./data",
+                   names=[f"base={whole}", f"x={whole}+data"])
+    open_run(same, [whole], (torch.float32, "cuda"))
+    with pytest.raises(UserError, match="another names"):
+        open_run(replace(same, names=[f"base={whole}", f"y={whole}+data"]), [whole], FP32)
+
+
+def test_canonical(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a+b").mkdir(), Path("c").mkdir()
+    a, c = str(tmp_path / "a+b"), str(tmp_path / "c")
+    assert canonical("a+b/") == a and canonical("n=c+c/") == f"n={c}+{c}"
+    assert canonical(["c", 3, ""]) == [c, 3, ""] and canonical("no=thing") == "no=thing"
+
+
+def test_a_run_without_git(tmp_path, monkeypatch):
+    """A container without git in PATH: the manifest says "" and the run goes on."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    out = open_run(Config(out=str(tmp_path / "r")), [], FP32)
+    assert json.loads((out / "manifest.json").read_text())["git"] == ""
+
+
+def copied_project(tmp_path) -> Path:
+    """A copy of the scripts, to edit."""
+    copy = tmp_path / "project"
+    (copy / "ease").mkdir(parents=True)
+    for file in [*run.ROOT.glob("*.py"), *run.ROOT.glob("ease/*.py")]:
+        (copy / file.relative_to(run.ROOT)).write_bytes(file.read_bytes())
+    return copy
+
+
+def test_a_run_belongs_to_the_code_that_made_it(tmp_path, monkeypatch):
+    """A student edits losses.py and runs the same command: not "complete already"."""
+    project = copied_project(tmp_path)
+    monkeypatch.setattr(run, "ROOT", project)
+    monkeypatch.setattr(run, "script_of", lambda cfg: "train.py")
+    cfg = train.Config(model="m", diagnostic="d", refusals="r", general="g",
+                       out=str(tmp_path / "r"))
+    out = open_run(cfg, [], FP32)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert {"train.py", "ease/losses.py", "ease/records.py"} <= manifest["code"].keys()
+    assert "distill.py" not in manifest["code"] and not changed_code(manifest)
+    losses = project / "ease/losses.py"
+    text = losses.read_text()
+    losses.write_text("# a remark\n" + text.replace('"""', '"""Words. ', 1))
+    open_run(cfg, [], FP32)  # comments and docstrings are no change
+    losses.write_text(text.replace("return weights * ", "return 2 * weights * "))
+    message = "was made by other code: ease/losses.py changed; delete .*--other_code"
+    for _ in ("stopped", "finished"):
+        with pytest.raises(UserError, match=message):
+            open_run(cfg, [], FP32)
+        (out / "done").write_text("{}")
+    (out / "done").unlink()
+    open_run(replace(cfg, other_code=True), [], FP32)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["changed_code"] == changed_code(manifest) == ["ease/losses.py"]
+
+
+def test_code_is_that_of_the_script_and_its_imports():
+    assert {"evaluate.py", "ease/scoring.py"} <= code_of("evaluate.py").keys()
+    assert "ease/optim.py" not in code_of("evaluate.py")
+
+
 def test_hash_of_a_folder_sees_its_weights(tmp_path):
-    (tmp_path / "config.json").write_text("{}"), (tmp_path / "model.safetensors").write_text("1")
-    before = run.sha256(tmp_path)
-    (tmp_path / "model.safetensors").write_text("2")
-    after = run.sha256(tmp_path)
-    (tmp_path / "chat_template.jinja").write_text("x")
-    assert len({before, after, run.sha256(tmp_path)}) == 3
+    hashes = set()
+    for name, text in (("config.json", "{}"), ("model.safetensors", "1"),
+                       ("model.safetensors", "2"), ("chat_template.jinja", "x")):
+        (tmp_path / name).write_text(text)
+        hashes.add(run.sha256(tmp_path))
+    assert len(hashes) == 4
 
 
-def test_a_stage_runs_once(tmp_path):
-    calls = []
-
-    def make():
-        calls.append(1)
-        return [Record("a", "p", "benign")]
-
-    assert stage(tmp_path / "s.jsonl", make) == stage(tmp_path / "s.jsonl", make) == [Record("a", "p", "benign")] and len(calls) == 1
-    assert stage(tmp_path / "empty.jsonl", list) == stage(tmp_path / "empty.jsonl", make) == []
-
-
-def test_optimizer_step_clips_and_reports_the_norm_before():
-    p = nn.Parameter(torch.zeros(4))
-    optimizer = torch.optim.SGD([p], lr=9.0)
-    p.grad = torch.full((4,), 3.0)
-    assert optimizer_step(optimizer, 0.5, 1.0) == pytest.approx(6.0)
-    assert torch.allclose(p.data, torch.full((4,), -0.25), atol=1e-5) and p.grad is None  # 0.5 * 3 / 6
-    p.grad = torch.full((4,), 3.0)
-    assert optimizer_step(optimizer, 0.5, 0.0) == pytest.approx(6.0) and torch.allclose(p.data, torch.full((4,), -1.75), atol=1e-5)  # 0: not clipped
-
-
-def test_only_matrices_decay():
-    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
-    model[0].weight.requires_grad_(False)
-    model.extra = nn.Parameter(torch.ones(2, 2))
-    groups = make_optimizer(model, 0.1).param_groups
-    assert [g["weight_decay"] for g in groups] == [0.1, 0.0]
-    assert groups[0]["params"] == [model.extra] and len(groups[1]["params"]) == 3  # two norm vectors and a bias; the frozen weight not
-
-
-def test_state_round_trip_and_log_rewind(tmp_path):
-    def fresh():
-        torch.manual_seed(0)
-        model = nn.Linear(3, 2)
-        return model, make_optimizer(model, 0.1)
-
-    model, optimizer = fresh()
-    for step in range(3):
-        model(torch.ones(1, 3)).pow(2).sum().backward()
-        optimizer_step(optimizer, 0.1, 1.0)
-        log(tmp_path, step=step)
-        save_state(tmp_path, step + 1, model, optimizer, lambda folder: (folder / "w").write_text("x"))
-    log(tmp_path, step=3)  # a step after the last checkpoint
-    (tmp_path / "checkpoints" / "part").mkdir()  # a checkpoint that was being written
-    assert [p.name for p in newest_first(tmp_path)] == ["step-3"] and (tmp_path / "checkpoints/step-3/w").exists()
-    expected = torch.get_rng_state()
-    other, second = fresh()
-    torch.manual_seed(99)
-    assert load_state(newest_first(tmp_path)[0], other, second) == 3
-    assert torch.equal(torch.get_rng_state(), expected)
-    state, back = optimizer.state[model.weight], second.state[other.weight]
-    assert state.keys() == back.keys() and all(torch.equal(state[k], back[k]) for k in state)
-    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2]
-
-
-def test_not_finite():
-    stop_if_not_finite(1.0, 0, [])
-    with pytest.raises(UserError, match="nan at step 7.*row-a"):
-        stop_if_not_finite(float("nan"), 7, ["row-a"])
-
-
-def test_finish_counts_tokens(tmp_path, capsys):
-    log(tmp_path, step=0, tokens=5), log(tmp_path, step=1, tokens=6)
-    finish(tmp_path, 0.0, steps=2)
-    done = json.loads((tmp_path / "done").read_text())
+def test_finish_counts_tokens_and_the_seconds_of_all_stretches(tmp_path, capsys):
+    """Two stretches; the first was killed 100 s after it began, when it had just written."""
+    out = open_run(Config(out=str(tmp_path / "r")), [], FP32)
+    log(out, step=0, tokens=5), log(out, step=1, tokens=6)
+    assert not is_done(out)
+    clock = json.loads((out / "clock.json").read_text())
+    began = clock["started"] - 5000
+    (out / "clock.json").write_text(json.dumps({"spent": 0.0, "started": began}))
+    for file in out.iterdir():
+        os.utime(file, (began + 100, began + 100))
+    open_run(Config(out=str(tmp_path / "r")), [], FP32)
+    finish(out, steps=2)
+    done = json.loads((out / "done").read_text())
+    assert 99 <= done["seconds"] <= 100 + time.time() - clock["started"] + 1
     assert done["supervised_tokens"] == 11 and done["steps"] == 2 and done["peak_gib"] > 0
-    assert capsys.readouterr().out.splitlines()[-1].endswith(f"results in {tmp_path}")
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f"results in {out}")
+    assert is_done(out) and "complete already" in capsys.readouterr().out
+
+
+def test_import_is_quiet():
+    found = subprocess.run([sys.executable, "-c", "import train, distill, evaluate"], cwd=run.ROOT,
+                           capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
