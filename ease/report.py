@@ -5,10 +5,10 @@ from ease.scoring import Rate
 
 LEGEND = """\
 ASR: attacked harmful requests complied with. Refused: by the xstest list. Look-alikes: benign
-prompts in the same disguises. Vulnerable: attacks that succeed on the base. Plain: harmful and
+prompts in the same disguises. Vuln(erable): attacks that succeed on the base. Plain: harmful and
 benign prompts without disguise. Reasons: a think block is opened. Tokens: mean generated ones.
-Overhead cut: 100 = as cheap as refusal training, 0 = as dear as reasoning on everything. Percent,
-but for tokens; 95% intervals in brackets."""
+Cut: overhead reduction, 100 = as cheap as refusal training, 0 = as dear as reasoning on everything.
+Percent, but for tokens; 95% intervals in brackets."""
 
 
 def percent(r: Rate | None, interval: bool = False) -> str:
@@ -71,8 +71,8 @@ def glance(summary: dict) -> str:
             f"{percent(attacked.get('reasoning_rate_vulnerable'))} / "
             f"{'-' if thinks is None else f'{100 * thinks:.1f}'}",
             f"{mean_tokens(system, plain)} / {mean_tokens(system)}", " / ".join(cuts)])
-    header = ["system", "ASR", "benign refused", "look-alikes refused",
-              "reasons: vulnerable / plain", "tokens: plain / all", "overhead cut: plain / all"]
+    header = ["system", "ASR", "benign refused", "look-alikes refused", "reasons vuln/plain",
+              "tokens plain/all", "cut plain/all"]
     return (f"ASR by {judge}; {summary['settings']['decoding']}.\n\n{table(header, lines)}\n\n"
             f"{LEGEND}\n")
 

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import os
 import platform
 import re
 import subprocess
@@ -198,7 +199,7 @@ def code_of(script: str) -> dict[str, str]:
 
 def changed_code(manifest: dict) -> list[str]:
     """The files that differ from those that made a run."""
-    old, now = manifest["code"], code_of(manifest["script"])
+    old, now = manifest.get("code", {}), code_of(manifest["script"])
     return sorted(name for name in old | now if old.get(name) != now.get(name))
 
 
@@ -210,8 +211,8 @@ def canonical(value):
         return [canonical(v) for v in value]
     if not isinstance(value, str) or not value:
         return value
-    if Path(value).exists():
-        return str(Path(value).resolve())
+    if os.path.exists(value):
+        return os.path.realpath(value)
     pieces = re.split("([=+])", value)  # NAME=MODEL+ADAPTER
     return value if len(pieces) == 1 else "".join(
         p if p in ("=", "+") else canonical(p) for p in pieces)
