@@ -11,11 +11,12 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import save_file
 
+from ease.config import ModelConfig
 from ease.folder import read_json
 from ease.lora import (
     add_lora, check_fit, load_adapter, load_adapter_weights, lora_state, read_tensors, save_adapter,
 )
-from ease.model import CausalLM, ModelConfig
+from ease.model import CausalLM
 from ease.records import UserError, write_text
 from ease.run import RunFlags, TrainingFlags
 from ease.tokenizer import Tokenizer

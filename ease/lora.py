@@ -16,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ease.config import positive
 from ease.folder import read_json
-from ease.model import CausalLM, positive
+from ease.model import CausalLM
 from ease.records import UserError, write_text
 
 PREFIX = "base_model.model."  # PEFT's; keys without it would load "successfully" into nothing
