@@ -90,7 +90,7 @@ def positive(value) -> bool:
 
 
 def refuse(where: str, name: str, value, supported=()) -> None:
-    """Say in one line which value of which file cannot be used."""
+    """Raise an error that names file, field and value."""
     hint = f"; supported: {', '.join(supported)}" if supported else ""
     raise UserError(f"{where}: {name} {value!r:.60} is not supported{hint}")
 
@@ -115,17 +115,18 @@ def check_value(where: str, name: str, value, default) -> None:
 def window_of(c: dict, where: str) -> int | None:
     """The sliding window if a layer has one: by layer_types, or from max_window_layers on."""
     window, types = c.get("sliding_window"), c.get("layer_types")
-    slides = c.get("max_window_layers", 0) < c["num_hidden_layers"]
-    if types is not None:
-        slides = "sliding_attention" in types
-        if slides and window is None:
-            refuse(where, "layer_types with sliding_attention and sliding_window", window)
-    return window if slides else None
+    if types is None:
+        return window if c.get("max_window_layers", 0) < c["num_hidden_layers"] else None
+    if "sliding_attention" not in types:
+        return None
+    if window is None:
+        refuse(where, "layer_types with sliding_attention and sliding_window", window)
+    return window
 
 
 def rope_settings(c: dict, longest: int, where: str) -> dict:
-    """The rotary settings in either form, in transformers' order: rope_scaling, rope_parameters
-    (transformers 5), rope_theta. `longest` is max_position_embeddings."""
+    """The rotary settings, rope_scaling before rope_parameters (transformers 5) as transformers
+    does. `longest` is max_position_embeddings."""
     rope = c.get("rope_scaling") or c.get("rope_parameters") or {}
     if not isinstance(rope, dict) or any(isinstance(v, dict) for v in rope.values()):
         refuse(where, "rope_parameters", rope)

@@ -42,8 +42,8 @@ def resolve(name: str) -> Path:
 
 @functools.cache
 def fetch(hub_id: str) -> Path:
-    """A model of the hub, from the client's cache if it has this revision; the folder's name is the
-    commit's hash. Only weights as safetensors, JSON and chat template: no pickles, no code."""
+    """A model of the hub or of its client's cache, in a folder named by the commit: safetensors,
+    JSON and chat template only, no pickles, no code."""
     from huggingface_hub import snapshot_download  # here, so that a folder never loads the client
 
     print(f"{hub_id}: no such folder here, asking the Hugging Face hub")
@@ -61,7 +61,8 @@ def fetch(hub_id: str) -> Path:
 
 def read_config(path: Path) -> ModelConfig:
     """The config.json of a model folder."""
-    return ModelConfig.from_json(read_json(path / "config.json"), str(path / "config.json"))
+    file = path / "config.json"
+    return ModelConfig.from_json(read_json(file), str(file))
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -143,10 +144,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 def load_model(name: str, adapter: str = "", dtype: torch.dtype = torch.float32,
                device: str = "cpu") -> CausalLM:
-    """The frozen model of a folder; with an adapter, its LoRA layers are added (not merged).
-
-    Names and shapes of the stored tensors must be those that config.json asks for.
-    """
+    """The frozen model of a folder; an adapter's LoRA layers are added, not merged. The stored
+    tensors must be those that config.json asks for."""
     path = resolve(name)
     config, stored = read_config(path), read_weights(path)
     layers = len({k.split(".")[2] for k in stored if k.startswith("model.layers.")})
@@ -178,8 +177,7 @@ def load_model(name: str, adapter: str = "", dtype: torch.dtype = torch.float32,
 
 
 def base_and_adapter(name: str, init: str) -> tuple[str, str]:
-    """Where to start from: init is "" (the model itself), an adapter folder for it, or a model
-    folder that replaces it."""
+    """Where to start from: init is "", an adapter folder for the model, or a model in its place."""
     if init and (Path(init) / "adapter_config.json").is_file():
         return name, init
     return init or name, ""
@@ -188,14 +186,10 @@ def base_and_adapter(name: str, init: str) -> tuple[str, str]:
 def load_trainable(flags: TrainingFlags, name: str, init: str, place: Place
                    ) -> tuple[CausalLM, str]:
     """(the model to train, the name of its frozen base). What is trained is fp32: the LoRA
-    matrices, or with rank 0 everything.
-
-    An adapter to start from keeps its own rank, alpha and targets: its A and B are trained on.
-    """
+    matrices, or with rank 0 everything. An adapter keeps its own rank, alpha and targets."""
     base, adapter = base_and_adapter(name, init)
     if adapter and not flags.lora_rank:
-        raise UserError("--init is an adapter: --lora_rank 0 trains all weights and cannot go on "
-                        "with it; give a merged model folder")
+        raise UserError("--init is an adapter, --lora_rank 0 trains all weights: merge it first")
     dtype = place.dtype if flags.lora_rank else torch.float32
     model = load_model(base, adapter, dtype, place.device)
     if flags.lora_rank and not adapter:
@@ -224,11 +218,8 @@ def load_weights(model: CausalLM, folder: Path) -> None:
 
 
 def save_model(model: CausalLM, tokenizer: Tokenizer, path: str | Path) -> None:
-    """Write a complete Hugging Face folder: config, weights, tokenizer, chat template. LoRA must be
-    merged before.
-
-    config.json holds what was read of the base's, and the rope settings in their old and new form.
-    """
+    """Write a complete Hugging Face folder; LoRA must be merged before. config.json holds what was
+    read of the base's, and the rope settings in their old and new form."""
     path, state, c = Path(path), model.state_dict(), model.config
     if any(".lora_" in name for name in state):
         raise ValueError("merge_lora before save_model")

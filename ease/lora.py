@@ -1,7 +1,6 @@
 """Low-rank adaptation by hand (arXiv 2106.09685), stored in PEFT's file format.
 
-W x + s B A x with A (r, in), B (out, r), s = alpha / r. W is frozen; B starts at zero, so training
-starts at the base model.
+W x + s B A x with A (r, in), B (out, r), s = alpha / r. W is frozen, B starts at zero.
 """
 
 import json
@@ -85,8 +84,8 @@ def add_lora(model: CausalLM, rank: int, alpha: float, targets: str | list[str],
     unmatched = [t for t in each if not matching(names, [t])]
     if not chosen or unmatched and strict:
         last = ", ".join(sorted({n.rpartition(".")[2] for n in names}))
-        raise UserError(f"LoRA targets {unmatched or targets!r:.80} match no linear layer; "
-                        f"there are {last}")
+        raise UserError(
+            f"LoRA targets {unmatched or targets!r:.80} match no linear layer; there are {last}")
     if unmatched:
         print(f"LoRA targets that this model lacks: {unmatched}")
     if model.config.tie_word_embeddings and "lm_head" in chosen:
@@ -108,8 +107,7 @@ def add_lora(model: CausalLM, rank: int, alpha: float, targets: str | list[str],
 
 
 def merge_lora(model: CausalLM) -> CausalLM:
-    """Add every update to its weight and put plain linear layers back, in place: an explicit call,
-    never part of eval()."""
+    """Add every update to its weight and put plain linear layers back, in place."""
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear)]:
         plain = nn.Linear(layer.in_features, layer.out_features, device="meta")
         merged = (layer.weight.float() + layer.delta()).to(layer.weight.dtype)
@@ -157,8 +155,8 @@ def read_adapter_config(path: Path) -> dict:
 
 
 def load_adapter(model: CausalLM, path: str | Path) -> None:
-    """Add the adapter of a PEFT folder to the model. Every key and shape must fit; a target that
-    this base lacks is only said, for PEFT accepts it."""
+    """Add the adapter of a PEFT folder to the model. Keys and shapes must fit; a target without a
+    layer is only printed, for PEFT accepts it."""
     path = Path(path)
     config, stored = read_adapter_config(path), read_tensors(path / ADAPTER)
     rank = config["r"]
@@ -185,8 +183,8 @@ def load_adapter_weights(model: CausalLM, path: Path) -> None:
             if copy.shape != weight.shape:
                 raise UserError(f"{path}: {name} has shape {tuple(copy.shape)}, the base's "
                                 f"{tuple(weight.shape)}: a resized vocabulary is not supported")
-            same = copy.to(weight.dtype).equal(weight) or weight.to(copy.dtype).equal(copy)
-            if not same:  # in the coarser of the two dtypes
+            # compared in the coarser of the two dtypes
+            if not copy.to(weight.dtype).equal(weight) and not weight.to(copy.dtype).equal(copy):
                 raise UserError(f"{path}: {name} is not the base's; only LoRA is read")
     check_fit(own, stored, f"{path} (made for another base?)")
     for name, parameter in own.items():
@@ -213,7 +211,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def check_fit(own: dict[str, Tensor], stored: dict[str, Tensor], where: str) -> None:
-    """Every tensor of the model must be stored, in its shape, and no other."""
+    """The names and shapes stored must be the model's own."""
     missing, unexpected = sorted(own.keys() - stored.keys()), sorted(stored.keys() - own.keys())
     if missing or unexpected:
         raise UserError(f"{where}: missing {missing[:3]}, unexpected {unexpected[:3]}")

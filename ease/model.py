@@ -136,10 +136,10 @@ class MLP(nn.Module):
 
     def __init__(self, c: ModelConfig):
         super().__init__()
-        width, inner = c.hidden_size, c.intermediate_size
-        self.gate_proj = nn.Linear(width, inner, bias=c.mlp_bias)
-        self.up_proj = nn.Linear(width, inner, bias=c.mlp_bias)
-        self.down_proj = nn.Linear(inner, width, bias=c.mlp_bias)
+        D, inner = c.hidden_size, c.intermediate_size
+        self.gate_proj = nn.Linear(D, inner, bias=c.mlp_bias)
+        self.up_proj = nn.Linear(D, inner, bias=c.mlp_bias)
+        self.down_proj = nn.Linear(inner, D, bias=c.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D), through F."""
@@ -172,6 +172,13 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
 
+def check_length(c: ModelConfig, length: int) -> None:
+    """Refuse a sequence that is longer than the model's context."""
+    if length > c.context:
+        limit = "sliding window" if c.sliding_window == c.context else "max_position_embeddings"
+        raise UserError(f"a sequence of {length} tokens exceeds the model's {limit} of {c.context}")
+
+
 class CausalLM(nn.Module):
     """The whole model. A loss selects its positions between `hidden` and the large `logits`."""
 
@@ -194,11 +201,8 @@ class CausalLM(nn.Module):
         With a cache, row b writes its keys at positions[b] (B, T) of slot first + b and looks at
         the cached positions 0 .. positions[b] of that slot; `span` = S bounds those looked at.
         """
-        c, length = self.config, max(span, ids.shape[1])
-        if length > c.context:
-            limit = "sliding window" if c.sliding_window == c.context else "max_position_embeddings"
-            raise UserError(
-                f"a sequence of {length} tokens exceeds the model's {limit} of {c.context}")
+        c = self.config
+        check_length(c, max(span, ids.shape[1]))
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
         x = self.model.embed_tokens(ids)  # (B, T, D)
