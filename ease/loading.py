@@ -25,10 +25,8 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def resolve(name: str) -> Path:
-    """The folder of a model: one that is here, or that of a hub id OWNER/NAME[@REVISION].
-
-    The hub is never asked for what starts like a path (. / ~) or with a folder that is here.
-    """
+    """The folder of a model: one that is here, or that of a hub id OWNER/NAME[@REVISION], which
+    does not start like a path (. / ~) or with a folder that is here."""
     path = Path(os.path.expanduser(name))
     if (path / "config.json").is_file():
         return path
@@ -114,8 +112,7 @@ def pick_dtype(flag: str, device: str) -> torch.dtype:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a model folder: model.safetensors, or the shards of its index.
-    Pickled weights are never read."""
+    """model.safetensors of a folder, or the shards of its index; never pickles."""
     index, names = path / "model.safetensors.index.json", ["model.safetensors"]
     if index.is_file() and not (path / names[0]).is_file():
         shards = read_json(index).get("weight_map")
@@ -169,8 +166,7 @@ def load_model(name: str, adapter: str = "", dtype: torch.dtype = torch.float32,
     model.load_state_dict(stored, strict=False, assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight  # `assign` replaced the embedding
-    for p in model.parameters():
-        p.requires_grad_(False)
+    model.requires_grad_(False)
     if adapter:
         load_adapter(model, adapter)
     return model
@@ -194,8 +190,8 @@ def load_trainable(flags: TrainingFlags, name: str, init: str, place: Place
     model = load_model(base, adapter, dtype, place.device)
     if flags.lora_rank and not adapter:
         add_lora(model, flags.lora_rank, flags.lora_alpha, list(flags.lora_targets), flags.seed)
-    for p in model.parameters():
-        p.requires_grad_(p.requires_grad or not flags.lora_rank)
+    if not flags.lora_rank:
+        model.requires_grad_(True)
     return model, base
 
 

@@ -92,8 +92,7 @@ def add_lora(model: CausalLM, rank: int, alpha: float, targets: str | list[str],
         raise UserError("LoRA on lm_head needs an untied head: this model's head is its embedding")
     if rank < 1:
         raise UserError(f"LoRA needs a positive rank, not {rank}")
-    for p in model.parameters():
-        p.requires_grad_(False)
+    model.requires_grad_(False)
     scale = alpha / (math.sqrt(rank) if rslora else rank)
     generator = torch.Generator().manual_seed(seed)
     for name in chosen:
