@@ -24,12 +24,13 @@ from data.world import (
     REFUSAL, SETS, STYLES, TOOLS, World, comply, spaced, trace, wrap,
 )
 from ease.batching import Example, collate, encode_record, plan_batches
+from ease.config import ModelConfig
 from ease.generate import Sampling
 from ease.judge import judge_messages
 from ease.loading import save_model
 from ease.losses import cross_entropy
 from ease.method import THINK_CLOSE, THINK_OPEN
-from ease.model import CausalLM, ModelConfig
+from ease.model import CausalLM
 from ease.optim import learning_rate, optimizer_step
 from ease.policies import Policy, teacher_messages
 from ease.records import SAFE, UNSAFE, Record, UserError, write_jsonl, write_text

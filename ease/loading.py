@@ -11,11 +11,12 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import save_file
 
+from ease.config import ModelConfig
 from ease.folder import read_json
 from ease.lora import (
     add_lora, check_fit, load_adapter, load_adapter_weights, lora_state, read_tensors, save_adapter,
 )
-from ease.model import CausalLM, ModelConfig
+from ease.model import CausalLM
 from ease.records import UserError, write_text
 from ease.run import RunFlags, TrainingFlags
 from ease.tokenizer import Tokenizer
@@ -24,10 +25,8 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def resolve(name: str) -> Path:
-    """The folder of a model: one that is here, or that of a hub id OWNER/NAME[@REVISION].
-
-    The hub is never asked for what starts like a path (. / ~) or with a folder that is here.
-    """
+    """The folder of a model: one that is here, or that of a hub id OWNER/NAME[@REVISION], which
+    does not start like a path (. / ~) or with a folder that is here."""
     path = Path(os.path.expanduser(name))
     if (path / "config.json").is_file():
         return path
@@ -41,8 +40,8 @@ def resolve(name: str) -> Path:
 
 @functools.cache
 def fetch(hub_id: str) -> Path:
-    """A model of the hub, from the client's cache if it has this revision; the folder's name is the
-    commit's hash. Only weights as safetensors, JSON and chat template: no pickles, no code."""
+    """A model of the hub or of its client's cache, in a folder named by the commit: safetensors,
+    JSON and chat template only, no pickles, no code."""
     from huggingface_hub import snapshot_download  # here, so that a folder never loads the client
 
     print(f"{hub_id}: no such folder here, asking the Hugging Face hub")
@@ -60,7 +59,8 @@ def fetch(hub_id: str) -> Path:
 
 def read_config(path: Path) -> ModelConfig:
     """The config.json of a model folder."""
-    return ModelConfig.from_json(read_json(path / "config.json"), str(path / "config.json"))
+    file = path / "config.json"
+    return ModelConfig.from_json(read_json(file), str(file))
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -112,8 +112,7 @@ def pick_dtype(flag: str, device: str) -> torch.dtype:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a model folder: model.safetensors, or the shards of its index.
-    Pickled weights are never read."""
+    """model.safetensors of a folder, or the shards of its index; never pickles."""
     index, names = path / "model.safetensors.index.json", ["model.safetensors"]
     if index.is_file() and not (path / names[0]).is_file():
         shards = read_json(index).get("weight_map")
@@ -142,10 +141,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 def load_model(name: str, adapter: str = "", dtype: torch.dtype = torch.float32,
                device: str = "cpu") -> CausalLM:
-    """The frozen model of a folder; with an adapter, its LoRA layers are added (not merged).
-
-    Names and shapes of the stored tensors must be those that config.json asks for.
-    """
+    """The frozen model of a folder; an adapter's LoRA layers are added, not merged. The stored
+    tensors must be those that config.json asks for."""
     path = resolve(name)
     config, stored = read_config(path), read_weights(path)
     layers = len({k.split(".")[2] for k in stored if k.startswith("model.layers.")})
@@ -169,16 +166,14 @@ def load_model(name: str, adapter: str = "", dtype: torch.dtype = torch.float32,
     model.load_state_dict(stored, strict=False, assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight  # `assign` replaced the embedding
-    for p in model.parameters():
-        p.requires_grad_(False)
+    model.requires_grad_(False)
     if adapter:
         load_adapter(model, adapter)
     return model
 
 
 def base_and_adapter(name: str, init: str) -> tuple[str, str]:
-    """Where to start from: init is "" (the model itself), an adapter folder for it, or a model
-    folder that replaces it."""
+    """Where to start from: init is "", an adapter folder for the model, or a model in its place."""
     if init and (Path(init) / "adapter_config.json").is_file():
         return name, init
     return init or name, ""
@@ -187,20 +182,16 @@ def base_and_adapter(name: str, init: str) -> tuple[str, str]:
 def load_trainable(flags: TrainingFlags, name: str, init: str, place: Place
                    ) -> tuple[CausalLM, str]:
     """(the model to train, the name of its frozen base). What is trained is fp32: the LoRA
-    matrices, or with rank 0 everything.
-
-    An adapter to start from keeps its own rank, alpha and targets: its A and B are trained on.
-    """
+    matrices, or with rank 0 everything. An adapter keeps its own rank, alpha and targets."""
     base, adapter = base_and_adapter(name, init)
     if adapter and not flags.lora_rank:
-        raise UserError("--init is an adapter: --lora_rank 0 trains all weights and cannot go on "
-                        "with it; give a merged model folder")
+        raise UserError("--init is an adapter, --lora_rank 0 trains all weights: merge it first")
     dtype = place.dtype if flags.lora_rank else torch.float32
     model = load_model(base, adapter, dtype, place.device)
     if flags.lora_rank and not adapter:
         add_lora(model, flags.lora_rank, flags.lora_alpha, list(flags.lora_targets), flags.seed)
-    for p in model.parameters():
-        p.requires_grad_(p.requires_grad or not flags.lora_rank)
+    if not flags.lora_rank:
+        model.requires_grad_(True)
     return model, base
 
 
@@ -223,11 +214,8 @@ def load_weights(model: CausalLM, folder: Path) -> None:
 
 
 def save_model(model: CausalLM, tokenizer: Tokenizer, path: str | Path) -> None:
-    """Write a complete Hugging Face folder: config, weights, tokenizer, chat template. LoRA must be
-    merged before.
-
-    config.json holds what was read of the base's, and the rope settings in their old and new form.
-    """
+    """Write a complete Hugging Face folder; LoRA must be merged before. config.json holds what was
+    read of the base's, and the rope settings in their old and new form."""
     path, state, c = Path(path), model.state_dict(), model.config
     if any(".lora_" in name for name in state):
         raise ValueError("merge_lora before save_model")

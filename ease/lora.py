@@ -1,7 +1,6 @@
 """Low-rank adaptation by hand (arXiv 2106.09685), stored in PEFT's file format.
 
-W x + s B A x with A (r, in), B (out, r), s = alpha / r. W is frozen; B starts at zero, so training
-starts at the base model.
+W x + s B A x with A (r, in), B (out, r), s = alpha / r. W is frozen, B starts at zero.
 """
 
 import json
@@ -16,8 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ease.config import positive
 from ease.folder import read_json
-from ease.model import CausalLM, positive
+from ease.model import CausalLM
 from ease.records import UserError, write_text
 
 PREFIX = "base_model.model."  # PEFT's; keys without it would load "successfully" into nothing
@@ -84,16 +84,15 @@ def add_lora(model: CausalLM, rank: int, alpha: float, targets: str | list[str],
     unmatched = [t for t in each if not matching(names, [t])]
     if not chosen or unmatched and strict:
         last = ", ".join(sorted({n.rpartition(".")[2] for n in names}))
-        raise UserError(f"LoRA targets {unmatched or targets!r:.80} match no linear layer; "
-                        f"there are {last}")
+        raise UserError(
+            f"LoRA targets {unmatched or targets!r:.80} match no linear layer; there are {last}")
     if unmatched:
         print(f"LoRA targets that this model lacks: {unmatched}")
     if model.config.tie_word_embeddings and "lm_head" in chosen:
         raise UserError("LoRA on lm_head needs an untied head: this model's head is its embedding")
     if rank < 1:
         raise UserError(f"LoRA needs a positive rank, not {rank}")
-    for p in model.parameters():
-        p.requires_grad_(False)
+    model.requires_grad_(False)
     scale = alpha / (math.sqrt(rank) if rslora else rank)
     generator = torch.Generator().manual_seed(seed)
     for name in chosen:
@@ -107,8 +106,7 @@ def add_lora(model: CausalLM, rank: int, alpha: float, targets: str | list[str],
 
 
 def merge_lora(model: CausalLM) -> CausalLM:
-    """Add every update to its weight and put plain linear layers back, in place: an explicit call,
-    never part of eval()."""
+    """Add every update to its weight and put plain linear layers back, in place."""
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear)]:
         plain = nn.Linear(layer.in_features, layer.out_features, device="meta")
         merged = (layer.weight.float() + layer.delta()).to(layer.weight.dtype)
@@ -156,8 +154,8 @@ def read_adapter_config(path: Path) -> dict:
 
 
 def load_adapter(model: CausalLM, path: str | Path) -> None:
-    """Add the adapter of a PEFT folder to the model. Every key and shape must fit; a target that
-    this base lacks is only said, for PEFT accepts it."""
+    """Add the adapter of a PEFT folder to the model. Keys and shapes must fit; a target without a
+    layer is only printed, for PEFT accepts it."""
     path = Path(path)
     config, stored = read_adapter_config(path), read_tensors(path / ADAPTER)
     rank = config["r"]
@@ -184,8 +182,8 @@ def load_adapter_weights(model: CausalLM, path: Path) -> None:
             if copy.shape != weight.shape:
                 raise UserError(f"{path}: {name} has shape {tuple(copy.shape)}, the base's "
                                 f"{tuple(weight.shape)}: a resized vocabulary is not supported")
-            same = copy.to(weight.dtype).equal(weight) or weight.to(copy.dtype).equal(copy)
-            if not same:  # in the coarser of the two dtypes
+            # compared in the coarser of the two dtypes
+            if not copy.to(weight.dtype).equal(weight) and not weight.to(copy.dtype).equal(copy):
                 raise UserError(f"{path}: {name} is not the base's; only LoRA is read")
     check_fit(own, stored, f"{path} (made for another base?)")
     for name, parameter in own.items():
@@ -212,7 +210,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def check_fit(own: dict[str, Tensor], stored: dict[str, Tensor], where: str) -> None:
-    """Every tensor of the model must be stored, in its shape, and no other."""
+    """The names and shapes stored must be the model's own."""
     missing, unexpected = sorted(own.keys() - stored.keys()), sorted(stored.keys() - own.keys())
     if missing or unexpected:
         raise UserError(f"{where}: missing {missing[:3]}, unexpected {unexpected[:3]}")

@@ -15,6 +15,7 @@ METHOD = ["records", "method", "policies", "readers", "attacks", "scoring", "rep
 MACHINERY = [
     "folder",
     "tokenizer",
+    "config",
     "model",
     "lora",
     "losses",

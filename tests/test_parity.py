@@ -10,11 +10,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as FastTokenizer
 
+from ease.config import DEFAULTS, ROPE_TYPES, ModelConfig
 from ease.generate import Sampling, generate
 from ease.loading import load_model, load_tokenizer, save_model
 from ease.lora import add_lora, load_adapter, lora_state, matching, merge_lora, save_adapter
 from ease.losses import cross_entropy
-from ease.model import DEFAULTS, ROPE_TYPES, ModelConfig
 from ease.records import UserError
 from ease.tokenizer import Tokenizer, as_parts
 from tests.templates import TEMPLATES

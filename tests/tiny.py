@@ -9,8 +9,9 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
 from data.toy import make_tokenizer
+from ease.config import ModelConfig
 from ease.loading import save_model
-from ease.model import CausalLM, ModelConfig
+from ease.model import CausalLM
 from ease.tokenizer import Tokenizer
 
 TOKENIZER = make_tokenizer()
