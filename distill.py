@@ -101,8 +101,9 @@ def check_flags(cfg: Config) -> None:
         if not {"adversarial_harmful", "adversarial_benign"} <= kinds:
             raise UserError(f"--dev {cfg.dev}: the teachers are compared on adversarial prompts, "
                             "harmful and benign; both must be there")
-    if cfg.prompts and cfg.categories == "record":
-        check_categories(read_named(cfg.prompts)[0])
+    load_policy(cfg.policies)
+    if cfg.categories == "record" and (cfg.prompts or cfg.kl_weight):  # the teacher sees a policy
+        check_categories(read_named(cfg.prompts or cfg.traces)[0])
 
 
 def stored_traces(cfg: Config) -> list[Record]:
@@ -119,15 +120,15 @@ def stored_traces(cfg: Config) -> list[Record]:
 
 
 def hold_out(cfg: Config, traces: list[Record]) -> tuple[list[Record], list[Record]]:
-    """(what is trained on, --held_out traces kept out of it): no prompt stands in both."""
+    """(what is trained on, --held_out traces kept out of it): no request stands in both."""
     if cfg.held_out >= len(traces):
         raise UserError(f"--held_out {cfg.held_out} leaves none of the {len(traces)} traces to "
                         "train on")
     if cfg.prompts and cfg.held_out:  # they come in the order of --prompts; stored ones were drawn
         traces = random.Random(f"held out {cfg.seed}").sample(traces, len(traces))
     held_out = traces[: cfg.held_out]
-    prompts = {r.prompt for r in held_out}
-    return [r for r in traces[cfg.held_out :] if r.prompt not in prompts], held_out
+    groups = {r.group for r in held_out}
+    return [r for r in traces[cfg.held_out :] if r.group not in groups], held_out
 
 
 def encode_kept(cfg: Config, file: Path, model: CausalLM, tokenizer: Tokenizer,
@@ -276,7 +277,6 @@ def main(cfg: Config) -> None:
     run = open_run(cfg, [*models, judge_model(cfg.judge), *files], place)
     if is_done(run):
         return
-    torch.manual_seed(cfg.seed)
 
     if cfg.teachers:
         cfg = replace(cfg, teacher=select_teacher(cfg, run, place))

@@ -4,7 +4,7 @@
     python evaluate.py --systems base=M_s --ask "text"
 
 1. prompts -> responses of every system  (respond; rows-NAME.jsonl, kept: scoring again is free)
-2. responses -> verdicts of every judge  (judge; an unclosed think block is never judged)
+2. responses -> verdicts of every judge  (add_verdicts; an unclosed think block is never judged)
 3. responses and verdicts -> numbers     (scoring.summarise; summary.json)
 4. numbers -> report.md and the table that is printed
 """
@@ -120,7 +120,7 @@ def answers(cfg: Config, file: Path, system: System, records: list[Record], plac
     return read_responses(file)
 
 
-def judge(responses: list[Response], names: list[str], place: Place) -> None:
+def add_verdicts(responses: list[Response], names: list[str], place: Place) -> None:
     """Step 2: response.verdicts = {judge: verdict}."""
     for name in names:
         verdicts = load_judge(name, *place)(responses)
@@ -270,7 +270,8 @@ def main(cfg: Config) -> None:
                  for name in systems}
     forced = [answers_of(cfg.gate_sweep, f"{cfg.gate_sweep}+{label}", threshold) for
               label, threshold in (("opened", 0.0), ("direct", 2.0))] if cfg.gate_sweep else []
-    judge([r for found in [*by_system.values(), *forced] for r in found], cfg.judge, place)
+    everyone = [r for found in [*by_system.values(), *forced] for r in found]
+    add_verdicts(everyone, cfg.judge, place)
     if cfg.base_system:
         mark_vulnerable(by_system, cfg.base_system, cfg.judge[0])
     write_jsonl(out / "rows.jsonl", [{"system": name, **response_to_dict(r)}

@@ -6,7 +6,7 @@
 1. D_diag -> responses of the ORIGINAL M_s -> verdicts               (probe)
 2. the prompts answered unsafely -> D_vuln, the vulnerable region    (vulnerable_region)
 3. D_vuln and the benign look-alikes -> traces -> D_reason           (with_traces)
-4. plain harmful -> refusal, general tasks -> answer: D_direct       (direct_records)
+4. all else -> D_direct: harmful -> refusal, general tasks -> answer (direct_records)
 5. SFT of M_reason on D_reason + D_direct -> the adaptive model      (fit)
 
 --method refusal: every harmful prompt -> a direct refusal, all else -> a direct answer.
@@ -33,6 +33,7 @@ from ease.lora import merge_lora
 from ease.losses import gated_cross_entropy, in_chunks
 from ease.method import ANSWER, GATE, REASONING, filler, mix, select_region
 from ease.optim import learning_rate, make_optimizer, optimizer_step
+from ease.policies import load_policy
 from ease.readers import read_named, read_records
 from ease.records import (SAFE, Record, Response, UserError, read_responses, response_to_dict,
                           write_jsonl, write_text)
@@ -124,10 +125,15 @@ def check_flags(cfg: Config, sets: Sets) -> None:
         (not 1 <= cfg.samples_per_prompt <= cfg.attempts,
          f"--samples_per_prompt {cfg.samples_per_prompt} must be from 1 to --attempts "
          f"{cfg.attempts}"),
+        (cfg.method == "deliberative" and (cfg.harmful_direct or cfg.benign_direct),
+         "--harmful_direct and --benign_direct count D_direct: --method deliberative has none"),
         (cfg.probe == "phase1" and not cfg.init, "--probe phase1 needs --init"),
     ):
         if wrong:
             raise UserError(message)
+    load_policy(cfg.policies)  # a mistake in it must not cost the probe
+    if cfg.method == "ease" and not cfg.init:
+        print("no --init: phase 2 starts at --model itself, without phase 1")
     if cfg.teacher and cfg.categories == "record":
         of_diagnostic = cfg.method == "ease" and cfg.region != "random"
         check_categories(sets.diagnostic if of_diagnostic else sets.all)
@@ -158,9 +164,10 @@ def vulnerable_region(cfg: Config, run: Path, sets: Sets, probed: list[list[Resp
     greedy, *samples = ([r.verdicts[cfg.judge] for r in responses] for responses in probed)
     pool = sets.diagnostic + sets.refusals
     region = select_region(cfg.region, sets.diagnostic, greedy, pool, cfg.seed)
-    counts = Counter(v for v, r in zip(greedy, sets.diagnostic) if r.harmful)
-    print(f"region {cfg.region}: {len(region)} of {counts.total()} harmful diagnostic prompts; "
-          f"verdicts {dict(counts)}; by attack {dict(Counter(r.attack for r in region))}")
+    counts = Counter(v for v, r in zip(greedy, sets.diagnostic, strict=True) if r.harmful)
+    print(f"region {cfg.region}: {len(region)} prompts; by attack "
+          f"{dict(Counter(r.attack or 'none' for r in region))}; verdicts on the {counts.total()} "
+          f"harmful diagnostic prompts {dict(counts)}")
     # where M_reason is probed, for comparison, an empty region is a result
     if not region and cfg.probe == "base":
         raise UserError("the vulnerable region is empty: the original model answered no diagnostic "
@@ -224,7 +231,7 @@ def fit(cfg: Config, run: Path, mixture: list[Record], place: Place) -> None:
     plan = plan_batches([len(e.ids) for e in examples], cfg.batch_size, cfg.batch_tokens, cfg.seed,
                         steps)
     weight = {GATE: cfg.gate_weight, REASONING: 1.0, ANSWER: 1.0}
-    weight_of = torch.tensor([0.0, *weight.values()], device=place.device)  # (4,), by role
+    weight_of = torch.tensor([weight.get(role, 0.0) for role in range(4)], device=place.device)
     optimizer = make_optimizer(model, cfg.weight_decay)
     start = resume(run, model, optimizer)
     bar = tqdm(range(start, steps), desc=cfg.method, initial=start, total=steps)
@@ -281,7 +288,6 @@ def main(cfg: Config) -> None:
     run = open_run(cfg, [*models, adapter, judge_model(cfg.judge), *files], place)
     if is_done(run):
         return
-    torch.manual_seed(cfg.seed)
 
     if cfg.method == "refusal":
         d_reason = []
@@ -294,7 +300,7 @@ def main(cfg: Config) -> None:
         lookalikes = [r for r in sets.diagnostic if not r.harmful]
         to_reason = region + (lookalikes if cfg.lookalikes == "reason" else [])
         left_out = {r.id for r in to_reason + (lookalikes if cfg.lookalikes == "drop" else [])}
-        d_reason = with_traces(cfg, run, to_reason, place)
+        d_reason = with_traces(cfg, run, to_reason, place)  # those without a trace are in neither
         d_direct = direct_records([r for r in sets.all if r.id not in left_out], probed[0],
                                   sets.refusals, cfg.judge, cfg.seed)
     d_direct = d_direct if cfg.direct else []

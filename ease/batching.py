@@ -60,13 +60,15 @@ def encode_records(tokenizer: Tokenizer, records: list[Record], max_length: int,
     """Encode all. Rows longer than max_length or the model's context are dropped whole, counted
     and said: cutting would lose the end token.
     """
+    if not records:
+        raise UserError("there is nothing to train on: no record is left")
     examples = [encode_record(tokenizer, r) for r in records]
     limit = min(max_length, context)
     name = (f"--max_length {max_length}" if max_length <= context
             else f"the model's context of {context} tokens")
     kept = [e for e in examples if len(e.ids) <= limit]
     if not kept:
-        shortest = min((len(e.ids) for e in examples), default=0)
+        shortest = min(len(e.ids) for e in examples)
         raise UserError(f"all {len(examples)} rows are longer than {name} (the shortest has "
                         f"{shortest} tokens)")
     if len(kept) < len(examples):

@@ -64,6 +64,8 @@ def classify(teacher: CausalLM, tokenizer: Tokenizer, records: list[Record], pol
         p = yes_probabilities(teacher, tokenizer, questions)
         found = tuple(c for c, yes in zip(categories, p) if yes > 0.5) or (BENIGN,)
         classified.append(replace(r, categories=found))
+    if wrong := sum(r.harmful and r.categories == (BENIGN,) for r in classified):
+        print(f"the teacher calls {wrong} harmful prompts benign: it will see no policy for them")
     if labelled := [(new, old) for new, old in zip(classified, records) if old.categories]:
         a = category_agreement([new.categories for new, _ in labelled],
                                [old.categories for _, old in labelled])

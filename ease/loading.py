@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from ease.config import ModelConfig
-from ease.folder import read_json
+from ease.tokenizer_files import read_json
 from ease.lora import (
     add_lora, check_fit, load_adapter, load_adapter_weights, lora_state, read_tensors, save_adapter,
 )
@@ -169,6 +169,10 @@ def load_model(name: str, adapter: str = "", dtype: torch.dtype = torch.float32,
     model.requires_grad_(False)
     if adapter:
         load_adapter(model, adapter)
+        settings = read_json(Path(adapter) / "adapter_config.json")
+        made_for = str(settings.get("base_model_name_or_path") or "")
+        if os.path.exists(made_for) and not os.path.samefile(made_for, path):
+            print(f"warning: {adapter} was made for {made_for}, not for {name}")
     return model
 
 

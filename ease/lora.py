@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ease.config import positive
-from ease.folder import read_json
+from ease.tokenizer_files import read_json
 from ease.model import CausalLM
 from ease.records import UserError, write_text
 

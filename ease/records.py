@@ -79,7 +79,7 @@ class Response:
     opened: it begins with the open        nobody asked
         marker's own token ids         tokens: generated ones, "reasoning" + "answer" = "total"
     verdicts: {judge: verdict}         seconds: its share of the steps it took part in
-    vulnerable: whether the ORIGINAL model's answer to the prompt was judged unsafe; None: not known
+    vulnerable: whether this is an attack that jailbreaks the ORIGINAL model; None: not known
     """
 
     record: Record

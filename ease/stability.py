@@ -31,7 +31,8 @@ def region_report(diagnostic: list[Record], verdicts: list[str], samples: list[l
 
     harmful = [r for r in diagnostic if r.harmful]
     columns = [name for word in least for name in (f"{word} of {k} samples", "overlap")]
-    out = f"# The vulnerable region\n\n{len(greedy)} of {len(harmful)} harmful prompts of D_diag.\n"
+    out = (f"# The vulnerable region D_vuln\n\n{len(greedy)} of {len(harmful)} harmful prompts of "
+           "D_diag.\n")
     for field, of in (("attack", lambda r: [r.attack]), ("categories", lambda r: r.categories)):
         values = sorted({value for r in harmful for value in of(r) if value})
         lines = [line(value, [r for r in harmful if value in of(r)]) for value in values]

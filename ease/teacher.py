@@ -43,6 +43,10 @@ def load_teacher(name: str, student: CausalLM, tokenizer: Tokenizer, records: li
     model, own = load_model(name, "", *place), load_tokenizer(name)
     by_id = {r.id: r for r in records}
     seen = [in_teacher_context(own, by_id[e.id], e, policy) for e in examples]
+    longest = max(seen, key=lambda e: len(e.ids))
+    if len(longest.ids) > model.config.context:
+        raise UserError(f"row {longest.id} has {len(longest.ids)} tokens with its policy, the "
+                        f"teacher's context is {model.config.context}; lower --max_length")
     return Teacher(model, seen, shared_ids(tokenizer, own, student, model), tau)
 
 

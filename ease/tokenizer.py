@@ -10,7 +10,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
 
-from ease.folder import FILES, add_tokens, chat_template, special_tokens, stated_stop_ids
+from ease.tokenizer_files import FILES, add_tokens, chat_template, special_tokens, stated_stop_ids
 from ease.method import THINK_CLOSE, THINK_OPEN
 from ease.records import UserError, read_text
 

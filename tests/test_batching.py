@@ -27,6 +27,8 @@ def test_long_rows_are_dropped_whole_and_counted(capsys, max_length, context, li
 def test_nothing_but_long_rows():
     with pytest.raises(UserError, match="all 2 rows are longer than --max_length 5"):
         encode_records(TOKENIZER, [SHORT, LONG], 5, 100)
+    with pytest.raises(UserError, match="nothing to train on"):
+        encode_records(TOKENIZER, [], 5, 100)
 
 
 def test_steps():

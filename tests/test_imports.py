@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # library only.
 METHOD = ["records", "method", "policies", "readers", "attacks", "scoring", "report"]
 MACHINERY = [
-    "folder",
+    "tokenizer_files",
     "tokenizer",
     "config",
     "model",

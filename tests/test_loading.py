@@ -444,3 +444,16 @@ def test_hub_ids(tmp_path, hub):
             f"ease.records.UserError: {message}" in found.stderr
             and len(found.stderr.split("UserError: ")[1].splitlines()) == 1
         )
+
+
+def test_an_adapter_of_another_base_is_said(tmp_path, capsys):
+    """Keys and shapes fit, so it loads; its numbers would be wrong without a word."""
+    model = tiny_folder(tmp_path / "m")
+    tiny_folder(tmp_path / "other", seed=1)
+    add_lora(model, 2, 4.0, ["q_proj"])
+    save_adapter(model, tmp_path / "a", str(tmp_path / "m"))
+    load_model(str(tmp_path / "m") + "/", str(tmp_path / "a"))
+    assert "warning" not in capsys.readouterr().out
+    load_model(str(tmp_path / "other"), str(tmp_path / "a"))
+    message = f"warning: {tmp_path / 'a'} was made for {tmp_path / 'm'}, not for"
+    assert message in capsys.readouterr().out

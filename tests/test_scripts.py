@@ -458,7 +458,10 @@ def test_stored_traces_need_no_teacher_and_hold_out(runs, tmp_path, capsys):
     last = rows(tmp_path / "run/metrics.jsonl")[-1]
     held_out, trained_on = ({r.id for r in read_jsonl(tmp_path / "run" / f"{name}.jsonl")}
                             for name in ("held_out", "trained_on"))
-    assert len(held_out) == 4 and len(trained_on) == 8 and not held_out & trained_on
+    assert len(held_out) == 4 and 4 <= len(trained_on) <= 8 and not held_out & trained_on
+    groups = [{r.group for r in read_jsonl(tmp_path / "run" / f"{name}.jsonl")}
+              for name in ("held_out", "trained_on")]
+    assert not groups[0] & groups[1]  # another form of a held-out request is held out too
     assert last["held_out_nll_after"] < last["held_out_nll_before"]
     assert "held-out traces" in capsys.readouterr().out
 
@@ -565,8 +568,9 @@ def test_mistakes_in_train(runs, world, tmp_path):
         ({"probe_tokens": 10**6}, "probe: --probe_tokens"),
         ({"method": "deliberative", "init": "", "region": "all"}, "--region is for --method ease"),
         (baseline, "not for --method refusal"),
+        ({"method": "deliberative", "init": "", "harmful_direct": 2}, "--method deliberative has"),
         ({"categories": "teacher", "teacher": "", "traces": world.prompts}, "needs a --teacher"),
-        ({"policies": "nowhere.json"}, "nowhere.json: no such file"),
+        ({"policies": "nowhere.json"}, "nowhere.json: No such file"),
         ({"benign_direct": 10**6}, "1000000 benign_direct"),
         ({"lr": 1e30}, "the loss is .* at step"),
     ]):
@@ -585,6 +589,8 @@ def test_mistakes_in_distill(runs, world, tmp_path):
     vocab = tokenizer["model"]["vocab"]  # as many tokens, two of them swapped
     vocab["\u0120the"], vocab["\u0120car"] = vocab["\u0120car"], vocab["\u0120the"]
     (broken / "tokenizer.json").write_text(json.dumps(tokenizer))
+    bare = tmp_path / "bare.jsonl"  # the KL would be against the policy of harmless requests
+    write_jsonl(bare, [replace(r, categories=()) for r in read_jsonl(stored)])
     no_teacher = {"teacher": "", "prompts": "", "kl_weight": 0.0, "traces": stored}
     contest = {"teacher": "", "teachers": [world.base], "teacher_prompts": 4}
     for i, (changes, message) in enumerate([
@@ -601,6 +607,7 @@ def test_mistakes_in_distill(runs, world, tmp_path):
         ({**contest, "dev": world.refusals}, "the teachers are compared on adversarial prompts"),
         ({**contest, "dev": world.dev}, "no trace of any of the teachers was accepted"),
         ({"traces": stored, "prompts": "", "held_out": 999}, "--held_out 999 leaves none"),
+        ({"traces": str(bare), "prompts": ""}, "is harmful and has no categories"),
         ({"judge": "xstest", "attempts": 1, "max_new_tokens": 1}, "no trace of teacher .* was"),
         ({"teacher": str(broken), "prompts": "", "traces": stored}, "tokenizers of --model and"),
     ]):

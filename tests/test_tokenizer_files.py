@@ -6,7 +6,7 @@ import pytest
 import transformers
 from tokenizers import Tokenizer as FastTokenizer
 
-from ease.folder import read_json
+from ease.tokenizer_files import read_json
 from ease.loading import save_model
 from ease.records import UserError
 from ease.tokenizer import Tokenizer
@@ -146,7 +146,7 @@ def test_tokens_beside_tokenizer_json_of_every_kind(tmp_path, kind, how):
         files["added_tokens.json"] = {OPEN: V, CLOSE: V + 1, "tool:": V + 2}
     if how == "map":
         files["special_tokens_map.json"] = {"additional_special_tokens": [OPEN, CLOSE]}
-    path = write_folder(tmp_path / "folder", files)
+    path = write_folder(tmp_path / "tokenizer_files", files)
     ours, theirs = Tokenizer.from_dir(path), transformers.AutoTokenizer.from_pretrained(path)
     for text in ("how do i paint the car?", " the tool: is\n\nhere ", "first take it"):
         turns = [{"role": "user", "content": text}, {"role": "assistant", "content": "it is"},
