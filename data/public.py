@@ -15,8 +15,8 @@ test    xstest        safe prompts
         lookalikes    the same under one attack each
 dev     dev           other AdvBench requests under one attack each, other safe prompts of XSTest:
                       to choose a gate threshold on
-No text of one source stands both in train and in test, and phase 1, D_diag and the refusals have different
-questions. Attacked forms share the `group` of their plain form.
+No text of one source stands both in train and in test, and phase 1, D_diag and the refusals have
+different questions. Attacked forms share the `group` of their plain form.
 """
 
 import random
