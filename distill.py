@@ -36,7 +36,7 @@ from ease.model import CausalLM
 from ease.optim import learning_rate, make_optimizer, optimizer_step
 from ease.policies import load_policy
 from ease.readers import read_named
-from ease.records import Record, UserError, read_jsonl, read_lines, write_jsonl, write_text
+from ease.records import Record, UserError, read_lines, write_jsonl, write_text
 from ease.respond import respond
 from ease.run import TrainingFlags, command_line, finish, is_done, log, open_run
 from ease.teacher import Teacher, load_teacher
