@@ -147,7 +147,7 @@ def mean_nll(model: CausalLM, examples: list[Example], device: str) -> float:
     for e in examples:
         batch = collate([e], device)
         keep = batch.roles > 0
-        hidden = model.hidden(batch.inputs)[keep]  # (N, D)
+        hidden = model.hidden(batch.inputs, batch.lengths)[keep]  # (N, D)
         total += in_chunks(lambda h, y: cross_entropy(model.logits(h), y), hidden,
                            batch.targets[keep]).sum().item()
     return total / sum(e.supervised for e in examples)
@@ -190,7 +190,8 @@ def fit(cfg: Config, run: Path, traces: list[Record], held_out: list[Record], pl
         ce_sum = kl_sum = 0.0
         for micro in plan[step]:
             batch = collate([examples[i] for i in micro], place.device)
-            keep, hidden = batch.roles > 0, model.hidden(batch.inputs)  # (B, T), (B, T, D)
+            keep = batch.roles > 0  # (T,): no prompt
+            hidden = model.hidden(batch.inputs, batch.lengths)  # (T, D)
             ce = in_chunks(lambda h, y: cross_entropy(model.logits(h), y),
                            hidden[keep], batch.targets[keep])  # (N,)
             # the same M tokens in the same order on both sides, though the prompts differ

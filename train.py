@@ -242,9 +242,9 @@ def fit(cfg: Config, run: Path, mixture: list[Record], place: Place) -> None:
         sums = Counter()
         for micro in plan[step]:
             batch = collate([examples[i] for i in micro], place.device)
-            keep = batch.roles > 0  # (B, T): no prompt, no padding
+            keep = batch.roles > 0  # (T,): no prompt
             roles, targets = batch.roles[keep], batch.targets[keep]  # (N,)
-            hidden = model.hidden(batch.inputs)[keep]  # (N, D)
+            hidden = model.hidden(batch.inputs, batch.lengths)[keep]  # (N, D)
             losses = in_chunks(lambda h, y, w: gated_cross_entropy(model.logits(h), y, w),
                                hidden, targets, weight_of[roles])  # (N,)
             (losses.sum() / total_weight).backward()  # divided once, by the weight of the step

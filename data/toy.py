@@ -180,8 +180,8 @@ def pretrain(
     started = time.time()
     for step, [indices] in enumerate(plan):
         batch = collate([examples[i] for i in indices], "cpu")
-        keep = batch.roles > 0  # (B, T)
-        logits = model.logits(model.hidden(batch.inputs)[keep])  # (N, V)
+        keep = batch.roles > 0  # (T,)
+        logits = model.logits(model.hidden(batch.inputs, batch.lengths)[keep])  # (N, V)
         loss = cross_entropy(logits, batch.targets[keep]).mean()
         loss.backward()
         for optimizer in optimizers:

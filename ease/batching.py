@@ -3,6 +3,7 @@ in collate.
 """
 
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -82,8 +83,8 @@ def plan_batches(lengths: list[int], batch_size: int, batch_tokens: int, seed: i
     arguments alone, so a resumed run sees the same ones.
 
     A step takes the next batch_size rows of the epoch's permutation (the last of an epoch what is
-    left). In it, rows of like length share a micro-batch of at most batch_tokens padded tokens; a
-    longer row stands alone.
+    left). In it, rows of like length share a micro-batch of at most batch_tokens tokens, each row
+    counted as the longest (as attention pads it); a longer row stands alone.
     """
     plan, epoch = [], 0
     while len(plan) < steps:
@@ -108,25 +109,25 @@ def count_steps(rows: int, batch_size: int, steps: int, epochs: float) -> int:
 
 
 class Batch(NamedTuple):
-    """Right-padded, each (B, T): position t of `inputs` predicts `targets`, whose role and KL mark
-    stand beside.
+    """Rows of `lengths` tokens one behind the other, all (N,): `inputs` at a place predicts
+    `targets`, whose role and KL mark stand beside.
     """
 
     inputs: Tensor
     targets: Tensor
     roles: Tensor
     kl: Tensor
+    lengths: list[int]
 
 
 def collate(examples: list[Example], device: torch.device | str) -> Batch:
-    """Examples -> one Batch. Position t predicts token t + 1. Padding has role 0: no loss."""
-    T = max(len(e.ids) for e in examples) - 1
+    """Examples -> one Batch, without padding. Token t predicts token t + 1 of its own row."""
+    def joined(columns: Iterable[list[int]]) -> Tensor:
+        return torch.tensor([x for column in columns for x in column], device=device)  # (N,)
 
-    def padded(rows: list[list[int]]) -> Tensor:
-        return torch.tensor([r + [0] * (T - len(r)) for r in rows], device=device)  # (B, T)
-
-    return Batch(padded([e.ids[:-1] for e in examples]), padded([e.ids[1:] for e in examples]),
-                 padded([e.roles[1:] for e in examples]), padded([e.kl[1:] for e in examples]))
+    return Batch(joined(e.ids[:-1] for e in examples), joined(e.ids[1:] for e in examples),
+                 joined(e.roles[1:] for e in examples), joined(e.kl[1:] for e in examples),
+                 [len(e.ids) - 1 for e in examples])
 
 
 def preview(tokenizer: Tokenizer, example: Example) -> str:

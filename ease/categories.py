@@ -34,18 +34,14 @@ def yes_probabilities(model: CausalLM, tokenizer: Tokenizer, questions: list[lis
                         "classify")
     prompts = [tokenizer.encode_prompt(q) for q in questions]
     start = min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)  # a token each is left
-    n, longest, device = len(prompts), max(map(len, prompts)), model.device
-    cache = KVCache(model.config, n, longest, next(model.parameters()).dtype, device)
+    n, longest = len(prompts), max(map(len, prompts))
+    cache = KVCache(model.config, n, longest, next(model.parameters()).dtype, model.device)
     if start:
-        positions = torch.arange(start, device=device)[None]  # (1, start)
-        model.hidden(torch.tensor([prompts[0][:start]], device=device), cache, 0, positions, start)
+        model.last_logits([prompts[0][:start]], cache=cache)
         for slot in range(1, n):
             cache.move(0, slot)
-    ends = [p[start:] + [0] * (longest - len(p)) for p in prompts]
-    positions = torch.arange(start, longest, device=device).expand(n, -1)  # (n, T)
-    hidden = model.hidden(torch.tensor(ends, device=device), cache, 0, positions, longest)
-    last = hidden[range(n), [len(p) - start - 1 for p in prompts]]  # (n, D)
-    p = model.logits(last).float().softmax(-1)  # (n, V)
+    logits = model.last_logits([p[start:] for p in prompts], cache=cache, starts=[start] * n)
+    p = logits[:, 0].softmax(-1)  # (n, V)
     p_yes, p_no = p[:, yes].sum(-1), p[:, no].sum(-1)  # (n,)
     return (p_yes / (p_yes + p_no)).tolist()
 

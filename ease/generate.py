@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ease.model import CausalLM, KVCache
 from ease.records import UserError
 
-PREFILL_TOKENS = 8192  # padded tokens of one prefill
+PREFILL_TOKENS = 8192  # of one prefill, each row counted as the longest
 
 
 @dataclass(frozen=True)
@@ -86,26 +86,14 @@ def prefill(model: CausalLM, cache: KVCache, prompts: list[list[int]], first: in
     So the gate costs no extra pass. The marker's cache positions lie beyond the prompt: generation
     overwrites them, or, where the marker is forced, goes on behind them.
     """
-    device, m = model.device, len(marker)
-    T = max(map(len, prompts)) + m
-    ids = [p + marker + [0] * (T - m - len(p)) for p in prompts]
-    ids = torch.tensor(ids, device=device)  # (n, T)
-    positions = torch.arange(T, device=device).expand(len(prompts), T)
-    hidden = model.hidden(ids, cache, first, positions, span=T)  # (n, T, D)
-    last = torch.tensor([[len(p) - 1] for p in prompts], device=device)  # (n, 1)
-    at = last + torch.arange(m + 1, device=device)  # (n, m + 1)
-    row = torch.arange(len(prompts), device=device)[:, None]  # (n, 1)
-    return model.logits(hidden[row, at]).float()
+    rows = [p + marker for p in prompts]
+    return model.last_logits(rows, len(marker) + 1, cache=cache, first=first)
 
 
 def decode(model: CausalLM, cache: KVCache, rows: list[Row]) -> Tensor:
     """Run the newest token of each busy row. Returns fp32 logits (n, V) for the next one."""
-    device = model.device
-    token = torch.tensor([[r.out.ids[-1]] for r in rows], device=device)  # (n, 1)
-    at = [[len(r.prompt) + len(r.out.ids) - 1] for r in rows]  # the token's position
-    span = max(map(max, at)) + 1
-    hidden = model.hidden(token, cache, 0, torch.tensor(at, device=device), span)  # (n, 1, D)
-    return model.logits(hidden[:, -1]).float()
+    starts = [len(r.prompt) + len(r.out.ids) - 1 for r in rows]  # the tokens' positions
+    return model.last_logits([r.out.ids[-1:] for r in rows], cache=cache, starts=starts)[:, 0]
 
 
 def marker_probabilities(logits: Tensor, marker: list[int], temperature: float = 1.0) -> Tensor:

@@ -92,7 +92,7 @@ def unsafe_probability(model: CausalLM, tokenizer: Tokenizer, pairs: list[tuple[
         again = []
         for start in range(0, len(waiting), batch):
             rows = waiting[start : start + batch]
-            logits = last_logits(model, [prompts[i] for i in rows])  # (B, V)
+            logits = model.last_logits([prompts[i] for i in rows])[:, 0]  # (B, V)
             for i, row in zip(rows, logits, strict=True):
                 if not tokenizer.decode([int(row.argmax())]).strip():
                     prompts[i].append(int(row.argmax()))
@@ -103,11 +103,3 @@ def unsafe_probability(model: CausalLM, tokenizer: Tokenizer, pairs: list[tuple[
                 out[i] = float(p[unsafe]) / mass if mass >= 0.5 else None
         waiting = again
     return out
-
-
-def last_logits(model: CausalLM, prompts: list[list[int]]) -> torch.Tensor:
-    """fp32 logits (B, V) behind each of B prompts."""
-    T = max(map(len, prompts))
-    ids = torch.tensor([p + [0] * (T - len(p)) for p in prompts], device=model.device)  # (B, T)
-    last = [len(p) - 1 for p in prompts]
-    return model.logits(model.hidden(ids)[range(len(prompts)), last]).float()

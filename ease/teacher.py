@@ -27,7 +27,7 @@ class Teacher:
     def hidden(self, indices: list[int]) -> Tensor:
         """The teacher's hidden states (N, D_t) at the N tokens of some traces, in order."""
         batch = collate([self.examples[i] for i in indices], self.model.device)
-        return self.model.hidden(batch.inputs)[batch.kl > 0]
+        return self.model.hidden(batch.inputs, batch.lengths)[batch.kl > 0]
 
     def kl(self, student: CausalLM, hidden: Tensor, indices: list[int]) -> Tensor:
         """losses.kl_divergence (N,) at the same N tokens, `hidden` (N, D) being the student's."""

@@ -449,12 +449,9 @@ def check_collate(fn):
         Example("b", [9, 4], [0, 1], [0, 1]),
     ]
     batch = fn(examples, "cpu")
-    assert batch.inputs.tolist() == [[5, 6, 7], [9, 0, 0]]
-    assert batch.targets.tolist() == [[6, 7, 8], [4, 0, 0]]
-    assert batch.roles.tolist() == [[0, 1, 3], [1, 0, 0]] and batch.kl.tolist() == [
-        [0, 1, 0],
-        [1, 0, 0],
-    ]
+    assert batch.inputs.tolist() == [5, 6, 7, 9] and batch.lengths == [3, 1]
+    assert batch.targets.tolist() == [6, 7, 8, 4]
+    assert batch.roles.tolist() == [0, 1, 3, 1] and batch.kl.tolist() == [0, 1, 0, 1]
 
 
 def check_encode_record(fn):

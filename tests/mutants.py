@@ -513,23 +513,25 @@ def collate__no_shift(examples, device):
     batch = batching.collate(
         [Example(e.id, [*e.ids, 0], [*e.roles, 0], [*e.kl, 0]) for e in examples], device
     )
-    return Batch(batch.inputs, batch.inputs, batch.roles, batch.kl)
+    return batch._replace(targets=batch.inputs)
 
 
 def collate__roles_not_shifted(examples, device):
     batch = batching.collate(examples, device)
-    return batch._replace(
-        roles=torch.tensor([(e.roles[:-1] + [0] * 9)[: batch.inputs.shape[1]] for e in examples])
-    )
+    return batch._replace(roles=torch.tensor([x for e in examples for x in e.roles[:-1]]))
 
 
-def collate__left_padding(examples, device):
-    return Batch(
-        *(
-            torch.stack([torch.roll(row, int((row == 0).sum())) for row in t])
-            for t in batching.collate(examples, device)
-        )
-    )
+def collate__shifted_across_rows(examples, device):
+    """One shift of all that is joined: a row's last token predicts the next row's first."""
+    ids, roles, kl = ([x for e in examples for x in getattr(e, name)]
+                      for name in ("ids", "roles", "kl"))
+    columns = map(torch.tensor, (ids[:-1], ids[1:], roles[1:], kl[1:]))
+    return Batch(*columns, [len(e.ids) for e in examples])
+
+
+def collate__lengths_with_the_last_token(examples, device):
+    batch = batching.collate(examples, device)
+    return batch._replace(lengths=[len(e.ids) for e in examples])
 
 
 def encode_record__one_string(tokenizer, record, messages=None):

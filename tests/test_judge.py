@@ -14,25 +14,20 @@ PAIR = [("q", "a")]
 
 
 class Scripted:
-    """A "model" that says a fixed text after every prompt, with given probabilities at each step;
-    ids are one-hot hidden states.
+    """A "model" that says a fixed text after every prompt, with given probabilities at each step.
     """
 
-    device = torch.device("cpu")
     config = SimpleNamespace(context=64)
 
     def __init__(self, *steps: dict[str, float]):
         self.steps = [{TOKENIZER.encode(t)[0]: p for t, p in step.items()} for step in steps]
         self.prompt_length = len(TOKENIZER.encode_prompt(judge_messages(*PAIR[0])))
 
-    def hidden(self, ids):
-        return torch.arange(ids.shape[1]).float()[None, :, None].expand(len(ids), -1, 1)
-
-    def logits(self, hidden):
-        out = torch.full((len(hidden), TOKENIZER.fast.get_vocab_size()), -20.0)
-        for row, position in zip(out, hidden[:, 0].long()):
-            for token, p in self.steps[int(position) - self.prompt_length + 1].items():
-                row[token] = torch.tensor(p).log()
+    def last_logits(self, rows):
+        out = torch.full((len(rows), 1, TOKENIZER.fast.get_vocab_size()), -20.0)
+        for logits, row in zip(out, rows):
+            for token, p in self.steps[len(row) - self.prompt_length].items():
+                logits[0, token] = torch.tensor(p).log()
         return out
 
 

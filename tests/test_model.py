@@ -30,7 +30,7 @@ def test_context(kind, changes, context):
             model(IDS)
         cache = KVCache(model.config, 1, 20, torch.float32, torch.device("cpu"))
         with pytest.raises(UserError, match=f"17 tokens exceeds the model's .* of {context}"):
-            model.hidden(IDS[:1, :1], cache, 0, torch.tensor([[16]]), span=17)
+            model.hidden(IDS[0, :1], [1], cache, starts=[16])
 
 
 def test_which_limit_is_named():
@@ -81,30 +81,68 @@ def test_cache_equals_full_forward():
     """
     model, full = tiny_model(), tiny_model()(IDS)
     cache = KVCache(model.config, 5, 20, torch.float32, torch.device("cpu"))
-    cache.k.fill_(9.0), cache.v.fill_(9.0)  # what an earlier row left behind
-    lengths = torch.tensor([7, 3, 5])
-    first = model.logits(model.hidden(IDS[:, :7], cache, 1, torch.arange(7).expand(3, 7), span=7))
-    for b, n in enumerate(lengths):
-        assert torch.allclose(first[b, :n], full[b, :n], atol=1e-4)
-    for step in range(6):
-        at = lengths + step
-        out = model.logits(
-            model.hidden(
-                IDS[torch.arange(3), at][:, None], cache, 1, at[:, None], span=int(at.max()) + 1
-            )
-        )
-        assert torch.allclose(out[:, 0], full[torch.arange(3), at], atol=1e-4)
+    for kept in (*cache.k, *cache.v):
+        kept.fill_(9.0)  # what an earlier row left behind
+    lengths = [7, 3, 5]
+    prompts = torch.cat([row[:n] for row, n in zip(IDS, lengths)])
+    first = model.logits(model.hidden(prompts, lengths, cache, 1))
+    for found, wanted, n in zip(first.split(lengths), full, lengths):
+        assert torch.allclose(found, wanted[:n], atol=1e-4)
+    for n in (1, 2, 3):  # one token a row, then two, then three at once
+        ids = torch.cat([row[at : at + n] for row, at in zip(IDS, lengths)])
+        out = model.logits(model.hidden(ids, [n] * 3, cache, 1, lengths)).split(n)
+        for found, wanted, at in zip(out, full, lengths):
+            assert torch.allclose(found, wanted[at : at + n], atol=1e-4)
+        lengths = [at + n for at in lengths]
     cache.move(3, 0)
-    at = lengths[2:] + 6
-    out = model.logits(model.hidden(IDS[2:, at], cache, 0, at[:, None], span=int(at) + 1))
-    assert torch.allclose(out[0, 0], full[2, at[0]], atol=1e-4)
+    [at] = lengths[2:]
+    out = model.logits(model.hidden(IDS[2, at : at + 1], [1], cache, 0, [at]))
+    assert torch.allclose(out[0], full[2, at], atol=1e-4)
+
+
+def test_rows_that_go_on_at_unequal_lengths():
+    """Behind a shared beginning in the cache, as the categories' questions."""
+    model, full = tiny_model(), tiny_model()(IDS)
+    cache = KVCache(model.config, 3, 20, torch.float32, torch.device("cpu"))
+    starts, lengths = [4, 0, 9], [5, 12, 1]
+    for slot, start in enumerate(starts):
+        if start:
+            model.hidden(IDS[slot, :start], [start], cache, slot)
+    ids = torch.cat([row[s : s + n] for row, s, n in zip(IDS, starts, lengths)])
+    out = model.logits(model.hidden(ids, lengths, cache, 0, starts)).split(lengths)
+    for found, wanted, s, n in zip(out, full, starts, lengths):
+        assert torch.allclose(found, wanted[s : s + n], atol=1e-4)
 
 
 def test_cache_positions_beyond_the_row_are_not_seen():
     model = tiny_model()
     cache = KVCache(model.config, 1, 20, torch.float32, torch.device("cpu"))
-    model.hidden(IDS[:1, :12], cache, 0, torch.arange(12)[None], span=12)
-    out = model.hidden(
-        IDS[:1, 4:5], cache, 0, torch.tensor([[4]]), span=12
-    )  # rewinds to position 4
-    assert torch.allclose(out[0, 0], model.hidden(IDS[:1, :5])[0, 4], atol=1e-4)
+    model.hidden(IDS[0, :12], [12], cache)
+    other = IDS[1, :12]
+    model.hidden(other, [12], cache, 0)
+    wanted = model.hidden(other[:5], [5])[4]
+    assert torch.allclose(model.hidden(other[4:5], [1], cache, 0, [4])[0], wanted, atol=1e-4)
+    # beside a longer row, which widens what is looked at
+    cache = KVCache(model.config, 2, 20, torch.float32, torch.device("cpu"))
+    for slot in (0, 1):
+        model.hidden(other, [12], cache, slot)
+    out = model.hidden(other[[4, 11]], [1, 1], cache, 0, [4, 11])
+    assert torch.allclose(out[0], wanted, atol=1e-4)
+
+
+def test_only_attention_sees_rows():
+    """Any rows in any order: each is what it is alone, its gradients too."""
+    model = tiny_model().requires_grad_(True)
+    rows = [IDS[0, :7], IDS[1, :1], IDS[2, :12], IDS[1, :4]]
+    lengths = [len(r) for r in rows]
+    together = model.hidden(torch.cat(rows), lengths)
+    weights = torch.rand(together.shape, generator=torch.Generator().manual_seed(1))
+    names, parameters = zip(*model.named_parameters())
+    found = torch.autograd.grad((together * weights).sum(), parameters, allow_unused=True)
+    alone = [model.hidden(r, [len(r)]) for r in rows]
+    for one, of_all in zip(alone, together.split(lengths), strict=True):
+        assert torch.allclose(one, of_all, atol=1e-5)
+    loss = sum((h * w).sum() for h, w in zip(alone, weights.split(lengths)))
+    wanted = torch.autograd.grad(loss, parameters, allow_unused=True)
+    for name, a, b in zip(names, found, wanted):
+        assert (a is None and b is None) or torch.allclose(a, b, atol=1e-4, rtol=1e-5), name

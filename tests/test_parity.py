@@ -231,7 +231,7 @@ def test_masked_loss(tmp_path, model_type):
     keep[:, 0] = False
     wanted = oracle(tmp_path)(IDS, labels=torch.where(keep, IDS, -100)).loss
     mask = keep[:, 1:]
-    logits = ours.logits(ours.hidden(IDS[:, :-1])[mask])
+    logits = ours(IDS[:, :-1])[mask]
     loss = cross_entropy(logits, IDS[:, 1:][mask]).sum() / mask.sum()
     assert abs(loss - wanted) < 1e-5 * wanted
 

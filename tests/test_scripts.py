@@ -126,10 +126,10 @@ def test_phase2_goes_on_with_phase1s_matrices(runs, world):
     logged = rows(runs.out / "ease/metrics.jsonl")[0]
     for adapter, same in ((str(runs.out / "phase1/adapter"), True), ("", False)):
         model, found = load_model(world.base, adapter), []
-        for i in (i for micro in first for i in micro):  # one by one, without padding
+        for i in (i for micro in first for i in micro):  # one by one
             batch = collate([examples[i]], "cpu")
-            keep = batch.roles[0] > 0
-            logits, targets = model(batch.inputs)[0, keep], batch.targets[0, keep]
+            keep = batch.roles > 0
+            logits, targets = model(batch.inputs[None])[0, keep], batch.targets[keep]
             found.append(gated_cross_entropy(logits, targets, torch.ones(len(targets))))
         losses = torch.cat(found)
         assert (abs(logged["loss"] - losses.mean().item()) < 1e-4) == same

@@ -46,9 +46,9 @@ def test_kl_with_a_teacher_of_other_control_tokens(runs, tmp_path, capsys):
     example = encode_record(own, read_jsonl(cfg.traces)[0])
     batch = collate([example], "cpu")
     keep = batch.kl > 0
-    hidden = student.hidden(batch.inputs)[keep]  # (N, D)
+    hidden = student.hidden(batch.inputs, batch.lengths)[keep]  # (N, D)
     kl = Teacher(teacher, [example], shared, 1.0).kl(student, hidden, [0])
-    z, s = teacher.logits(teacher.hidden(batch.inputs)[keep]), student.logits(hidden)
+    z, s = teacher.logits(teacher.hidden(batch.inputs, batch.lengths)[keep]), student.logits(hidden)
     # what the teacher gives to tokens that the student does not have changes nothing
     z[:, [own.control["<|end|>"], VOCAB + 3]] = 50.0
     p, q = z[:, shared].log_softmax(-1), s[:, shared].log_softmax(-1)
