@@ -191,8 +191,8 @@ def summarise(responses: list[Response]) -> dict[str, dict]:
 
 
 def summarise_kind(responses: list[Response]) -> dict:
-    """The numbers of one kind. An unclosed block is no answer: it counts in `unclosed`, as reasoning
-    and in the tokens, and as unparsed in every rate of answers.
+    """The numbers of one kind. An unclosed block is no answer: it counts in `unclosed`, in the
+    tokens and as reasoning, and as unparsed in every rate of answers.
     """
     def correct(r: Response) -> bool | None:
         return None if r.state == UNCLOSED else is_correct(r.answer, r.record.response)
