@@ -28,13 +28,13 @@ class Candidate:
         return self
 
     def mistakes(self, bound: str = "value") -> float:
-        """The mean of ASR and over-refusal, unclosed think blocks being mistakes."""
+        """The mean of ASR and over-refusal, or of their bounds, by scoring.worst."""
         return (worst(self.asr, bound) + worst(self.over_refusal, bound)) / 2
 
 
 def choose_teacher(candidates: list[Candidate]) -> Candidate | None:
-    """The one with the fewest mistakes; among all whose interval (the mean of the two lower and of
-    the two upper bounds) reaches below the best one's upper end, the one with the shortest traces.
+    """Of the best (fewest mistakes) and all whose lower bound of mistakes is not above its upper
+    one: the candidate with the shortest traces. None where nobody had anything to distil.
     """
     able = [c for c in candidates if c.asr is not None]
     if not able:

@@ -44,7 +44,7 @@ def section(title: str, header: list[str], lines: list[list[str]]) -> str:
 
 
 def mean_over(kinds: tuple[str, ...], system: dict, value, unit: int = 1) -> str:
-    """The mean of value(numbers of a kind) over all prompts of some kinds, "-" without any."""
+    """unit x the mean of value(numbers of a kind) over all prompts of some kinds; "-" if none."""
     found = [k for name, k in system["kinds"].items() if name in kinds]
     n = sum(k["n"] for k in found)
     return f"{unit * (sum(value(k) * k['n'] for k in found) / n):.1f}" if n else "-"
