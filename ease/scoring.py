@@ -85,31 +85,32 @@ def is_correct(answer: str, expected: str) -> bool:
     return answer == expected
 
 
-# ---- intervals
-def wilson_interval(hits: float, n: float, confidence: float = 0.95) -> tuple[float, float]:
+# ---- intervals, all of 95%
+Q = 0.975  # a central interval ends at this quantile,
+Z = NormalDist().inv_cdf(Q)  # of the normal distribution: 1.96
+
+
+def wilson_interval(hits: float, n: float) -> tuple[float, float]:
     """Wilson's score interval of a proportion p = hits / n; (0, 1) when n = 0:
     (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n).
     """
     if n == 0:
         return 0.0, 1.0
-    z, p = NormalDist().inv_cdf(0.5 + confidence / 2), hits / n
-    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
+    p, scale = hits / n, 1 + Z * Z / n
+    centre, half = p + Z * Z / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
     return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
 
-def t_quantile(df: int, confidence: float = 0.95) -> float:
-    """Student's t: the half width of a central interval in standard errors. Exact for df 1 and 2,
-    else the expansion of Abramowitz and Stegun 26.7.5 (1% off at df 3, less above).
+def t_quantile(df: int) -> float:
+    """Student's t, in the place of Z. Exact for df 1 and 2, else the expansion of Abramowitz and
+    Stegun 26.7.5 (1% off at df 3, less above).
     """
-    q = 0.5 + confidence / 2
     if df == 1:
-        return math.tan(math.pi * (q - 0.5))
+        return math.tan(math.pi * (Q - 0.5))
     if df == 2:
-        return (2 * q - 1) / math.sqrt(2 * q * (1 - q))
-    z = NormalDist().inv_cdf(q)
-    return (z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
-            + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * df**3))
+        return (2 * Q - 1) / math.sqrt(2 * Q * (1 - Q))
+    return (Z + (Z**3 + Z) / (4 * df) + (5 * Z**5 + 16 * Z**3 + 3 * Z) / (96 * df**2)
+            + (3 * Z**7 + 19 * Z**5 + 17 * Z**3 - 15 * Z) / (384 * df**3))
 
 
 def effective_size(by_group: list[tuple[int, int]]) -> float:
@@ -268,15 +269,15 @@ def words(text: str) -> frozenset[str]:
     return frozenset(re.findall(r"\w+", text.lower()))
 
 
-def overlap(prompts: list[str], trained: list[str], near: float = 0.6) -> tuple[int, int]:
+def overlap(prompts: list[str], trained: list[str]) -> tuple[int, int]:
     """How many prompts were trained on: (exactly, nearly). Nearly: word Jaccard
-    |a & b| / (|a| + |b| - |a & b|) >= near.
+    |a & b| / (|a| + |b| - |a & b|) >= 0.6.
     """
     seen = set(trained)
     bags = {words(t) for t in seen} - {frozenset()}
 
     def is_near(a: frozenset[str]) -> bool:
-        return any((both := len(a & b)) >= near * (len(a) + len(b) - both) for b in bags)
+        return any((both := len(a & b)) >= 0.6 * (len(a) + len(b) - both) for b in bags)
 
     new = [p for p in prompts if p not in seen]
     return len(prompts) - len(new), sum(is_near(words(p)) for p in new)
