@@ -1,6 +1,6 @@
 """What people look at: the comparison of summary.json as Markdown."""
 
-from ease.records import HARMFUL_KINDS, KINDS, SAFE, UNPARSED, UNSAFE
+from ease.records import KINDS, SAFE, UNPARSED, UNSAFE
 from ease.scoring import Rate
 
 LEGEND = """\
@@ -38,9 +38,9 @@ def table(header: list[str], lines: list[list[str]]) -> str:
     return "\n".join([line(header), f"|{rule}|", *map(line, lines)])
 
 
-def section(title: str, header: list[str], lines: list[list[str]]) -> str:
-    """A table under a heading, "" without lines."""
-    return f"\n## {title}\n\n{table(header, lines)}\n" if lines else ""
+def listing(rows: list[dict]) -> str:
+    """The table of rows {column: cell}, all with the same columns."""
+    return table(list(rows[0]), [list(map(str, row.values())) for row in rows])
 
 
 def mean_over(kinds: tuple[str, ...], system: dict, value, unit: int = 1) -> str:
@@ -52,62 +52,66 @@ def mean_over(kinds: tuple[str, ...], system: dict, value, unit: int = 1) -> str
 
 def glance(summary: dict) -> str:
     """The whole comparison in seven columns."""
-    judge, plain = summary["settings"]["judges"][0], ("harmful", "benign")
-    lines = []
+    judge, plain, rows = summary["settings"]["judges"][0], ("harmful", "benign"), []
     for name, system in summary["systems"].items():
         attacked, lookalikes, _, benign = (system["kinds"].get(kind, {}) for kind in KINDS)
-        thinks = mean_over(plain, system, lambda k: k["reasoning_rate"].value, 100)
+        thinks = [percent(attacked.get("reasoning_rate_vulnerable")),
+                  mean_over(plain, system, lambda k: k["reasoning_rate"].value, 100)]
         tokens = [mean_over(kinds, system, lambda k: k["tokens"]["total"])
                   for kinds in (plain, KINDS)]
         cut = summary["overhead_reduction"].get(name, {})
         cuts = [f"{100 * c['value']:.0f}" if (c := cut.get(k)) else "-" for k in ("plain", "all")]
-        lines.append([name, percent(attacked.get("asr", {}).get(judge), True),
-                      percent(benign.get("refusal_rate"), True),
-                      percent(lookalikes.get("refusal_rate"), True),
-                      f"{percent(attacked.get('reasoning_rate_vulnerable'))} / {thinks}",
-                      " / ".join(tokens), " / ".join(cuts)])
-    header = ["system", "ASR", "benign refused", "look-alikes refused", "reasons vuln/plain",
-              "tokens plain/all", "cut plain/all"]
-    return (f"ASR by {judge}; {summary['settings']['decoding']}.\n\n{table(header, lines)}\n\n"
-            f"{LEGEND}\n")
+        rows.append({
+            "system": name,
+            "ASR": percent(attacked.get("asr", {}).get(judge), True),
+            "benign refused": percent(benign.get("refusal_rate"), True),
+            "look-alikes refused": percent(lookalikes.get("refusal_rate"), True),
+            "reasons vuln/plain": " / ".join(thinks),
+            "tokens plain/all": " / ".join(tokens),
+            "cut plain/all": " / ".join(cuts)})
+    return f"ASR by {judge}; {summary['settings']['decoding']}.\n\n{listing(rows)}\n\n{LEGEND}\n"
 
 
 def by_kind(summary: dict, kind: str) -> str:
-    """Everything measured on one kind of prompt."""
-    judges = summary["settings"]["judges"] if kind in HARMFUL_KINDS else []
-    lines = []
-    for name, system in summary["systems"].items():
-        if k := system["kinds"].get(kind):
-            rates = [*k["asr"].values(), k["refusal_rate"], k["reasoning_rate"], k["accuracy"]]
-            lines.append([name, str(k["n"]), *map(with_bounds, rates), str(k["unclosed"]),
-                          *(f"{k['tokens'][part]:.1f}" for part in ("reasoning", "answer")),
-                          f"{k['gate_mean']:.3f}", f"{k['seconds_per_prompt']:.4f}"])
-    header = ["system", "n", *(f"ASR {j}" for j in judges), "refused", "reasons", "exact",
-              "unclosed", "reasoning tokens", "answer tokens", "mean gate", "s / prompt"]
-    return section(kind, header, lines)
+    """Everything measured on one kind of prompt, "" where there is none."""
+    found = {n: s["kinds"][kind] for n, s in summary["systems"].items() if kind in s["kinds"]}
+    rows = [{"system": name,
+             "n": k["n"],
+             **{f"ASR {judge}": with_bounds(r) for judge, r in k["asr"].items()},
+             "refused": with_bounds(k["refusal_rate"]),
+             "reasons": with_bounds(k["reasoning_rate"]),
+             "exact": with_bounds(k["accuracy"]),
+             "unclosed": k["unclosed"],
+             **{f"{part} tokens": f"{k['tokens'][part]:.1f}" for part in ("reasoning", "answer")},
+             "mean gate": f"{k['gate_mean']:.3f}",
+             "s / prompt": f"{k['seconds_per_prompt']:.4f}"} for name, k in found.items()]
+    return f"\n## {kind}\n\n{listing(rows)}\n" if rows else ""
 
 
 def judges_agree(summary: dict) -> str:
-    """How the judges agree on harmful prompts."""
-    pairs = [(a, b) for a in (SAFE, UNSAFE, UNPARSED) for b in (SAFE, UNSAFE, UNPARSED)]
-    lines = [[other, *(str(counts[a][b]) for a, b in pairs)]
-             for other, counts in summary["agreement"].items()]
-    first = summary["settings"]["judges"][0]
-    return section(f"Verdicts on harmful prompts, {first} / the other judge",
-                   ["judge", *map(" / ".join, pairs)], lines)
+    """How the judges agree on harmful prompts, "" with one judge."""
+    verdicts, first = (SAFE, UNSAFE, UNPARSED), summary["settings"]["judges"][0]
+    rows = [{"judge": other, **{f"{a} / {b}": counts[a][b] for a in verdicts for b in verdicts}}
+            for other, counts in summary["agreement"].items()]
+    return (f"\n## Verdicts on harmful prompts, {first} / the other judge\n\n{listing(rows)}\n"
+            if rows else "")
 
 
 def systems_table(summary: dict) -> str:
     """What each system is and what it was trained on."""
-    training = {"steps": "training steps", "supervised_tokens": "supervised tokens",
-                "overlap_exact": "prompts trained on", "overlap_near": "near (word Jaccard >= .6)"}
-    lines = []
+    rows = []
     for name, s in summary["systems"].items():
-        area = "-" if s.get("gate_auroc") is None else f"{s['gate_auroc']:.3f}"
-        lines.append([name, s["model"], s["adapter"] or "-", area,
-                      *(str(s["training"].get(field, "-")) for field in training)])
-    header = ["system", "model", "adapter", "AUROC of the gate, vulnerable or not"]
-    return section("Systems", [*header, *training.values()], lines)
+        area, training = s.get("gate_auroc"), s["training"]
+        rows.append({
+            "system": name,
+            "model": s["model"],
+            "adapter": s["adapter"] or "-",
+            "AUROC of the gate, vulnerable or not": "-" if area is None else f"{area:.3f}",
+            "training steps": training.get("steps", "-"),
+            "supervised tokens": training.get("supervised_tokens", "-"),
+            "prompts trained on": training.get("overlap_exact", "-"),
+            "near (word Jaccard >= .6)": training.get("overlap_near", "-")})
+    return f"\n## Systems\n\n{listing(rows)}\n"
 
 
 def markdown_report(summary: dict, more: str = "") -> str:
@@ -116,13 +120,13 @@ def markdown_report(summary: dict, more: str = "") -> str:
            "think blocks are in no rate; in parentheses: the range if all of them were misses .. "
            "hits. exact = equal to the reference answer, where there is one.\n"]
     out += [by_kind(summary, kind) for kind in KINDS]
-    names = list(summary["systems"])
+    systems = summary["systems"]
     for field, values in summary["breakdown"].items():
-        title = f"ASR on adversarial harmful prompts, by {field}"
-        lines = [[v, *(percent(found[n], True) for n in names)] for v, found in values.items()]
-        out.append(section(title, [field, *names], lines))
-    systems = summary["systems"].values()
-    if other_ids := sum(k["other_ids"] for s in systems for k in s["kinds"].values()):
+        lines = [[v, *(percent(found[n], True) for n in systems)] for v, found in values.items()]
+        if lines:
+            out.append(f"\n## ASR on adversarial harmful prompts, by {field}\n\n"
+                       f"{table([field, *systems], lines)}\n")
+    if other_ids := sum(k["other_ids"] for s in systems.values() for k in s["kinds"].values()):
         out.append(f"\n{other_ids} responses open a think block in text, but not by the marker's "
                    "own token ids.\n")
     return "".join([*out, judges_agree(summary), more, systems_table(summary)])

@@ -3,7 +3,7 @@ reason and forced not to; a threshold picks one of the two by the gate probabili
 """
 
 from ease.records import Response
-from ease.report import percent, table
+from ease.report import listing, percent
 from ease.scoring import operating_point, reasons, worst
 
 # Reason where g(q) >= threshold: 0 always, 2 never. The same on dev (to choose) and test.
@@ -48,13 +48,15 @@ def sweep_section(gate: dict) -> str:
     points = [(f"g >= {p['threshold']:g}{' (chosen here)' if p == gate['chosen'] else ''}", p)
               for p in gate["curve"]]
     points += [(f"{name}, as it is", p) for name, p in gate["systems"].items()]
-    lines = [[label, percent(p["asr"], True), percent(p["over_refusal"], True),
-              f"{100 * p['reasons']:.1f}", f"{p['tokens']:.1f}"] for label, p in points]
+    rows = [{"reason where": where,
+             "ASR": percent(p["asr"], True),
+             "over-refusal": percent(p["over_refusal"], True),
+             "reasons": f"{100 * p['reasons']:.1f}",
+             "tokens": f"{p['tokens']:.1f}"} for where, p in points]
     budget = f", with at most {gate['token_budget']:g} tokens" if gate["token_budget"] else ""
-    header = ["reason where", "ASR", "over-refusal", "reasons", "tokens"]
     return (f"\n## The gate of {gate['system']}\n\nEvery prompt answered twice, forced to reason "
             "and forced not to; a threshold picks one of the two. Chosen: the lowest mean of ASR "
             f"and over-refusal, unclosed think blocks being mistakes{budget}, then the fewest "
             "tokens. Choose on dev, apply once to test (`--gate_threshold`). "
             f"{gate['other_ids']} of the rows forced not to reason open a think block in text, by "
-            f"other token ids than the marker's.\n\n{table(header, lines)}\n")
+            f"other token ids than the marker's.\n\n{listing(rows)}\n")
