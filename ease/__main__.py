@@ -2,8 +2,8 @@
 
     python -m ease [--seed N] [--out DIR] [--fast]
 
-Below stand the very commands that a person would type. Each is printed before it runs; one whose
-output is complete is skipped.
+Each command, the very one a person would type, is printed before it runs; a stage whose output is
+complete is skipped.
 """
 
 import subprocess
@@ -14,10 +14,6 @@ from dataclasses import dataclass
 from ease.records import UserError
 from ease.run import LORA_TARGETS, ROOT, command_line
 
-# The toy models are tiny: they need large steps, and LoRA on the head as well. One setting for all
-# methods, chosen on the dev sets of seeds 10 and 11. The baselines get the steps of both phases.
-TRAINING = (f"--lr 3e-3 --batch_size 64 --warmup 0.05 --lora_targets {' '.join(LORA_TARGETS)} "
-            "lm_head")
 COMPARED = ["phase1", "refusal", "deliberative", "ease"]
 
 
@@ -32,50 +28,52 @@ class Config:
 
 @dataclass
 class Toy:
-    """The command of every stage, for one seed; `more` are further flags."""
+    """The command of every stage; `more` are further flags."""
 
     seed: int
-    world: str  # where the toy world goes
-    out: str  # where the runs go
+    world: str  # the folder of the toy world
+    out: str  # that of the runs
     fast: bool
 
     def __post_init__(self):
         w = self.world
         self.steps = 8 if self.fast else 80  # of either phase
-        self.training = f"{TRAINING} --seed {self.seed}"
+        self.judged = f"--policies {w}/policies.json --judge target --max_new_tokens 64"
         self.data = (f"--diagnostic {w}/diagnostic.jsonl --refusals {w}/refusals.jsonl "
                      f"--general {w}/general.jsonl --probe_tokens 48")
-        self.judged = f"--policies {w}/policies.json --judge target --max_new_tokens 64"
 
     def build(self, more: str = "") -> str:
         """The world itself."""
-        small = "--steps 160 --teacher_steps 25 --judge_steps 10 --scale 0.1 " if self.fast else ""
-        return f"-m data.toy --seed {self.seed} --out {self.world} {small}{more}".rstrip()
+        small = "--steps 160 --teacher_steps 25 --judge_steps 10 --scale 0.1" if self.fast else ""
+        return f"-m data.toy --seed {self.seed} --out {self.world} {small} {more}"
 
     def teacher(self, name: str = "teacher") -> str:
         """The flags that make one of the world's teachers write the traces."""
         return f"--teacher {self.world}/{name} {self.judged}"
 
+    def training(self, script: str, name: str, steps: int, flags: str) -> str:
+        """The run `name` of a training script. The toy models are tiny: they need large steps, and
+        LoRA on the head as well. One setting for all, chosen on the dev sets of seeds 10 and 11.
+        """
+        return (f"{script} --model {self.world}/base {flags} --steps {steps} "
+                f"--out {self.out}/{name} --lr 3e-3 --batch_size 64 --warmup 0.05 "
+                f"--lora_targets {' '.join(LORA_TARGETS)} lm_head --seed {self.seed}")
+
     def phase1(self, name: str, teacher: str, more: str = "") -> str:
         """Phase 1 as the run `name`."""
-        return (f"distill.py --model {self.world}/base {teacher} --prompts "
-                f"{self.world}/prompts.jsonl --steps {self.steps} --out {self.out}/{name} "
-                f"{self.training} {more}").rstrip()
+        return self.training("distill.py", name, self.steps,
+                             f"{teacher} --prompts {self.world}/prompts.jsonl {more}")
 
     def ease(self, name: str, start: str, teacher: str, more: str = "") -> str:
-        """Phase 2 as the run `name`. start: the run of phase 1; "": there is none, and phase 2
-        gets its steps too.
-        """
-        init = f"--init {self.out}/{start}/adapter " if start else ""
-        return (f"train.py --method ease --model {self.world}/base {init}{teacher} {self.data} "
-                f"--steps {self.steps * (1 if start else 2)} --out {self.out}/{name} "
-                f"{self.training} {more}").rstrip()
+        """Phase 2 as the run `name`. start: the run of phase 1, or "": then with its steps too."""
+        init, phases = (f"--init {self.out}/{start}/adapter", 1) if start else ("", 2)
+        return self.training("train.py --method ease", name, phases * self.steps,
+                             f"{init} {teacher} {self.data} {more}")
 
     def baseline(self, method: str, teacher: str = "") -> str:
-        """A baseline, on phase 1's prompts too and with the steps of both phases."""
-        return (f"train.py --method {method} --model {self.world}/base {teacher} {self.data} "
-                f"--prompts {self.world}/prompts.jsonl --steps {2 * self.steps} "
-                f"--out {self.out}/{method} {self.training}")
+        """A baseline, with phase 1's prompts too and the steps of both phases."""
+        return self.training(f"train.py --method {method}", method, 2 * self.steps,
+                             f"{teacher} {self.data} --prompts {self.world}/prompts.jsonl")
 
     def test(self, names: list[str], judges: str) -> str:
         """The base and these runs on the test set."""
@@ -98,11 +96,10 @@ class Toy:
 def run_all(commands: list[str]) -> None:
     """Print and run each command; the first that fails ends it."""
     for command in commands:
-        command = " ".join(command.split())
-        print(f"\n$ python {command}", flush=True)
-        found = subprocess.run([sys.executable, *command.split()], cwd=ROOT, check=False)
-        if found.returncode:
-            raise UserError(f"that command ended with status {found.returncode}")
+        words = command.split()
+        print(f"\n$ python {' '.join(words)}", flush=True)
+        if status := subprocess.call([sys.executable, *words], cwd=ROOT):
+            raise UserError(f"that command ended with status {status}")
 
 
 HONEST = """\
@@ -119,12 +116,11 @@ def main(cfg: Config) -> None:
     suffix = (f"-{cfg.seed}" if cfg.seed else "") + ("-fast" if cfg.fast else "")
     toy = Toy(cfg.seed, f"data/toy{suffix}", cfg.out or f"runs/toy{suffix}", cfg.fast)
     run_all(toy.commands())
-    test = f"{toy.out}/test"
     print(HONEST)
     if cfg.fast:
         print("This was --fast, a smoke run: everything is too small, the numbers mean nothing.")
-    print(f"done in {time.time() - started:.0f} s; the report is {test}/report.md, its numbers "
-          f"{test}/summary.json")
+    print(f"done in {time.time() - started:.0f} s; the report is {toy.out}/test/report.md, its "
+          f"numbers {toy.out}/test/summary.json")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ criterion is not public. Ours: a short distillation from each candidate, compare
 from dataclasses import dataclass, field
 
 from ease.records import Response
-from ease.report import percent, table
+from ease.report import listing, percent
 from ease.scoring import Rate, operating_point, worst
 
 
@@ -28,13 +28,13 @@ class Candidate:
         return self
 
     def mistakes(self, bound: str = "value") -> float:
-        """The mean of ASR and over-refusal, unclosed think blocks being mistakes."""
+        """The mean of ASR and over-refusal, or of their bounds, by scoring.worst."""
         return (worst(self.asr, bound) + worst(self.over_refusal, bound)) / 2
 
 
 def choose_teacher(candidates: list[Candidate]) -> Candidate | None:
-    """The one with the fewest mistakes; among all whose interval (the mean of the two lower and of
-    the two upper bounds) reaches below the best one's upper end, the one with the shortest traces.
+    """Of the best (fewest mistakes) and all whose lower bound of mistakes is not above its upper
+    one: the candidate with the shortest traces. None where nobody had anything to distil.
     """
     able = [c for c in candidates if c.asr is not None]
     if not able:
@@ -46,16 +46,13 @@ def choose_teacher(candidates: list[Candidate]) -> Candidate | None:
 
 def teacher_report(candidates: list[Candidate], chosen: str) -> str:
     """The comparison as Markdown."""
-    lines = []
-    for c in candidates:
-        dropped = ", ".join(f"{n} {reason}" for reason, n in c.rejected.items()) or "none"
-        lines.append([c.teacher + (" (chosen)" if c.teacher == chosen else ""),
-                      f"{c.accepted} of {c.prompts}", dropped,
-                      f"{c.tokens:.1f}" if c.accepted else "-", percent(c.asr, True),
-                      percent(c.over_refusal, True),
-                      f"{100 * c.mistakes():.1f}" if c.asr else "-"])
-    header = ["teacher", "accepted", "samples dropped", "tokens a trace", "dev ASR",
-              "dev over-refusal", "their mean"]
+    rows = [{"teacher": c.teacher + (" (chosen)" if c.teacher == chosen else ""),
+             "accepted": f"{c.accepted} of {c.prompts}",
+             "samples dropped": ", ".join(f"{n} {why}" for why, n in c.rejected.items()) or "none",
+             "tokens a trace": f"{c.tokens:.1f}" if c.accepted else "-",
+             "dev ASR": percent(c.asr, True),
+             "dev over-refusal": percent(c.over_refusal, True),
+             "their mean": f"{100 * c.mistakes():.1f}" if c.asr else "-"} for c in candidates]
     return ("# Teachers\n\nThe same prompts, steps and settings for all. ASR and over-refusal: of "
             "the student after the short distillation, on the dev set's adversarial prompts; in "
-            f"their mean an unclosed think block is a mistake.\n\n{table(header, lines)}\n")
+            f"their mean an unclosed think block is a mistake.\n\n{listing(rows)}\n")

@@ -1,6 +1,6 @@
 """What people look at: the comparison of summary.json as Markdown."""
 
-from ease.records import HARMFUL_KINDS, KINDS, SAFE, UNPARSED, UNSAFE
+from ease.records import KINDS, SAFE, UNPARSED, UNSAFE
 from ease.scoring import Rate
 
 LEGEND = """\
@@ -20,9 +20,7 @@ def percent(r: Rate | None, interval: bool = False) -> str:
 
 
 def with_bounds(r: Rate | None) -> str:
-    """A rate with its interval and, where rows are unparsed, its range if all of those were misses
-    .. hits.
-    """
+    """A rate with its interval; with unparsed rows also its range if those were misses .. hits."""
     if r is None or not r.unparsed:
         return percent(r, True)
     n, hits = r.n + r.unparsed, (r.value or 0) * r.n
@@ -30,111 +28,105 @@ def with_bounds(r: Rate | None) -> str:
 
 
 def table(header: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table, padded so that it reads well in a terminal; the first column is left."""
-    widths = [max(map(len, column)) for column in zip(header, *lines)]
+    """A Markdown table that reads well in a terminal too; the first column is flush left."""
+    first, *others = [max(map(len, column)) for column in zip(header, *lines)]  # widths
 
     def line(cells: list[str]) -> str:
-        padded = [c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths))]
-        return f"| {' | '.join(padded)} |"
+        return " | ".join([f"| {cells[0]:{first}}", *map(str.rjust, cells[1:], others)]) + " |"
 
-    rule = "|" + "|".join("-" * (w + 1) + ("-:"[i > 0]) for i, w in enumerate(widths)) + "|"
-    return "\n".join([line(header), rule, *map(line, lines)])
+    rule = "|".join(["-" * (first + 2), *("-" * (width + 1) + ":" for width in others)])
+    return "\n".join([line(header), f"|{rule}|", *map(line, lines)])
 
 
-def over_kinds(system: dict, kinds: tuple[str, ...], number) -> float | None:
-    """The mean of number(numbers of a kind) over all prompts of some kinds."""
+def listing(rows: list[dict]) -> str:
+    """The table of rows {column: cell}, all with the same columns."""
+    return table(list(rows[0]), [list(map(str, row.values())) for row in rows])
+
+
+def mean_over(kinds: tuple[str, ...], system: dict, value, unit: int = 1) -> str:
+    """unit x the mean of value(numbers of a kind) over all prompts of some kinds; "-" if none."""
     found = [k for name, k in system["kinds"].items() if name in kinds]
     n = sum(k["n"] for k in found)
-    return sum(number(k) * k["n"] for k in found) / n if n else None
-
-
-def mean_tokens(system: dict, kinds: tuple[str, ...] = KINDS) -> str:
-    """Mean generated tokens over the prompts of some kinds."""
-    mean = over_kinds(system, kinds, lambda k: k["tokens"]["total"])
-    return "-" if mean is None else f"{mean:.1f}"
+    return f"{unit * (sum(value(k) * k['n'] for k in found) / n):.1f}" if n else "-"
 
 
 def glance(summary: dict) -> str:
     """The whole comparison in seven columns."""
-    judge, plain = summary["settings"]["judges"][0], ("harmful", "benign")
-    lines = []
+    judge, plain, rows = summary["settings"]["judges"][0], ("harmful", "benign"), []
     for name, system in summary["systems"].items():
-        of = {kind: system["kinds"].get(kind, {}) for kind in KINDS}
-        attacked = of["adversarial_harmful"]
-        thinks = over_kinds(system, plain, lambda k: k["reasoning_rate"].value)
+        attacked, lookalikes, _, benign = (system["kinds"].get(kind, {}) for kind in KINDS)
+        thinks = [percent(attacked.get("reasoning_rate_vulnerable")),
+                  mean_over(plain, system, lambda k: k["reasoning_rate"].value, 100)]
+        tokens = [mean_over(kinds, system, lambda k: k["tokens"]["total"])
+                  for kinds in (plain, KINDS)]
         cut = summary["overhead_reduction"].get(name, {})
         cuts = [f"{100 * c['value']:.0f}" if (c := cut.get(k)) else "-" for k in ("plain", "all")]
-        lines.append([
-            name, percent(attacked.get("asr", {}).get(judge), True),
-            percent(of["benign"].get("refusal_rate"), True),
-            percent(of["adversarial_benign"].get("refusal_rate"), True),
-            f"{percent(attacked.get('reasoning_rate_vulnerable'))} / "
-            f"{'-' if thinks is None else f'{100 * thinks:.1f}'}",
-            f"{mean_tokens(system, plain)} / {mean_tokens(system)}", " / ".join(cuts)])
-    header = ["system", "ASR", "benign refused", "look-alikes refused", "reasons vuln/plain",
-              "tokens plain/all", "cut plain/all"]
-    return (f"ASR by {judge}; {summary['settings']['decoding']}.\n\n{table(header, lines)}\n\n"
-            f"{LEGEND}\n")
+        rows.append({
+            "system": name,
+            "ASR": percent(attacked.get("asr", {}).get(judge), True),
+            "benign refused": percent(benign.get("refusal_rate"), True),
+            "look-alikes refused": percent(lookalikes.get("refusal_rate"), True),
+            "reasons vuln/plain": " / ".join(thinks),
+            "tokens plain/all": " / ".join(tokens),
+            "cut plain/all": " / ".join(cuts)})
+    return f"ASR by {judge}; {summary['settings']['decoding']}.\n\n{listing(rows)}\n\n{LEGEND}\n"
 
 
 def by_kind(summary: dict, kind: str) -> str:
     """Everything measured on one kind of prompt, "" where there is none."""
-    judges = summary["settings"]["judges"] if kind in HARMFUL_KINDS else []
-    lines = []
-    for name, system in summary["systems"].items():
-        if k := system["kinds"].get(kind):
-            rates = [*k["asr"].values(), k["refusal_rate"], k["reasoning_rate"], k["accuracy"]]
-            lines.append([name, str(k["n"]), *map(with_bounds, rates), str(k["unclosed"]),
-                          *(f"{k['tokens'][part]:.1f}" for part in ("reasoning", "answer")),
-                          f"{k['gate_mean']:.3f}", f"{k['seconds_per_prompt']:.4f}"])
-    header = ["system", "n", *(f"ASR {j}" for j in judges), "refused", "reasons", "exact",
-              "unclosed", "reasoning tokens", "answer tokens", "mean gate", "s / prompt"]
-    return f"\n## {kind}\n\n{table(header, lines)}\n" if lines else ""
+    found = {n: s["kinds"][kind] for n, s in summary["systems"].items() if kind in s["kinds"]}
+    rows = [{"system": name,
+             "n": k["n"],
+             **{f"ASR {judge}": with_bounds(r) for judge, r in k["asr"].items()},
+             "refused": with_bounds(k["refusal_rate"]),
+             "reasons": with_bounds(k["reasoning_rate"]),
+             "exact": with_bounds(k["accuracy"]),
+             "unclosed": k["unclosed"],
+             **{f"{part} tokens": f"{k['tokens'][part]:.1f}" for part in ("reasoning", "answer")},
+             "mean gate": f"{k['gate_mean']:.3f}",
+             "s / prompt": f"{k['seconds_per_prompt']:.4f}"} for name, k in found.items()]
+    return f"\n## {kind}\n\n{listing(rows)}\n" if rows else ""
 
 
 def judges_agree(summary: dict) -> str:
     """How the judges agree on harmful prompts, "" with one judge."""
-    verdicts = (SAFE, UNSAFE, UNPARSED)
-    lines = [[other, *(str(counts[a][b]) for a in verdicts for b in verdicts)]
-             for other, counts in summary["agreement"].items()]
-    header = ["judge", *(f"{a} / {b}" for a in verdicts for b in verdicts)]
-    first = summary["settings"]["judges"][0]
-    return (f"\n## Verdicts on harmful prompts, {first} / the other judge\n\n"
-            f"{table(header, lines)}\n" if lines else "")
+    verdicts, first = (SAFE, UNSAFE, UNPARSED), summary["settings"]["judges"][0]
+    rows = [{"judge": other, **{f"{a} / {b}": counts[a][b] for a in verdicts for b in verdicts}}
+            for other, counts in summary["agreement"].items()]
+    return (f"\n## Verdicts on harmful prompts, {first} / the other judge\n\n{listing(rows)}\n"
+            if rows else "")
 
 
 def systems_table(summary: dict) -> str:
     """What each system is and what it was trained on."""
-    fields = ("steps", "supervised_tokens", "overlap_exact", "overlap_near")
-    lines = []
+    rows = []
     for name, s in summary["systems"].items():
-        area = "-" if s.get("gate_auroc") is None else f"{s['gate_auroc']:.3f}"
-        lines.append([name, s["model"], s["adapter"] or "-", area,
-                      *(str(s["training"].get(f, "-")) for f in fields)])
-    header = ["system", "model", "adapter", "AUROC of the gate, vulnerable or not",
-              "training steps", "supervised tokens", "prompts trained on",
-              "near (word Jaccard >= .6)"]
-    return f"\n## Systems\n\n{table(header, lines)}\n"
+        area, training = s.get("gate_auroc"), s["training"]
+        rows.append({
+            "system": name,
+            "model": s["model"],
+            "adapter": s["adapter"] or "-",
+            "AUROC of the gate, vulnerable or not": "-" if area is None else f"{area:.3f}",
+            "training steps": training.get("steps", "-"),
+            "supervised tokens": training.get("supervised_tokens", "-"),
+            "prompts trained on": training.get("overlap_exact", "-"),
+            "near (word Jaccard >= .6)": training.get("overlap_near", "-")})
+    return f"\n## Systems\n\n{listing(rows)}\n"
 
 
 def markdown_report(summary: dict, more: str = "") -> str:
-    """summary.json -> the whole report: at a glance, by kind, by attack and source, the systems.
-    more: sections of the extras.
-    """
+    """summary.json -> the whole report. more: sections of the extras."""
     out = [f"# Evaluation\n\n{glance(summary)}\nUnparsed verdicts and the answers of unclosed "
            "think blocks are in no rate; in parentheses: the range if all of them were misses .. "
            "hits. exact = equal to the reference answer, where there is one.\n"]
     out += [by_kind(summary, kind) for kind in KINDS]
-    names = list(summary["systems"])
+    systems = summary["systems"]
     for field, values in summary["breakdown"].items():
-        lines = [[value, *(percent(found[n], True) for n in names)]
-                 for value, found in values.items()]
+        lines = [[v, *(percent(found[n], True) for n in systems)] for v, found in values.items()]
         if lines:
             out.append(f"\n## ASR on adversarial harmful prompts, by {field}\n\n"
-                       f"{table([field, *names], lines)}\n")
-    other_ids = sum(k["other_ids"] for s in summary["systems"].values()
-                    for k in s["kinds"].values())
-    if other_ids:
+                       f"{table([field, *systems], lines)}\n")
+    if other_ids := sum(k["other_ids"] for s in systems.values() for k in s["kinds"].values()):
         out.append(f"\n{other_ids} responses open a think block in text, but not by the marker's "
                    "own token ids.\n")
     return "".join([*out, judges_agree(summary), more, systems_table(summary)])

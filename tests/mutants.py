@@ -239,19 +239,16 @@ def mix__too_few_is_silent(groups, counts, seed):
     return method.mix(groups, {n: min(c, len(groups[n])) for n, c in counts.items()}, seed)
 
 
-def overlap__shared_over_shorter(prompts, trained, threshold=0.6):
+def overlap__shared_over_shorter(prompts, trained):
     def near(p):
-        return any(
-            len(scoring.words(p) & scoring.words(t))
-            >= threshold * min(len(scoring.words(p)), len(scoring.words(t)))
-            for t in trained
-        )
+        return any(len(scoring.words(p) & scoring.words(t))
+                   >= 0.6 * min(len(scoring.words(p)), len(scoring.words(t))) for t in trained)
 
     return sum(p in trained for p in prompts), sum(p not in trained and near(p) for p in prompts)
 
 
-def overlap__exact_is_near_too(prompts, trained, threshold=0.6):
-    exact, near = scoring.overlap(prompts, trained, threshold)
+def overlap__exact_is_near_too(prompts, trained):
+    exact, near = scoring.overlap(prompts, trained)
     return exact, near + exact
 
 
@@ -379,7 +376,7 @@ def target_verdict__no_target_is_safe(record, answer):
     return "safe" if not record.target else scoring.target_verdict(record, answer)
 
 
-def wilson_interval__normal_approximation(hits, n, confidence=0.95):
+def wilson_interval__normal_approximation(hits, n):
     if n == 0:
         return 0.0, 1.0
     p = hits / n
@@ -387,8 +384,9 @@ def wilson_interval__normal_approximation(hits, n, confidence=0.95):
     return max(0.0, p - half), min(1.0, p + half)
 
 
-def wilson_interval__one_sided(hits, n, confidence=0.95):
-    return scoring.wilson_interval(hits, n, 2 * confidence - 1)
+def wilson_interval__one_sided(hits, n):
+    scale = (1.96 / 1.645) ** 2
+    return scoring.wilson_interval(hits * scale, n * scale)
 
 
 def rate__third_value_is_a_miss(values, groups):
@@ -435,11 +433,11 @@ def rate__groups_as_rows(values, groups):
     return replace(r, low=low, high=high)
 
 
-def t_quantile__normal(df, confidence=0.95):
+def t_quantile__normal(df):
     return 1.96
 
 
-def t_quantile__first_order(df, confidence=0.95):
+def t_quantile__first_order(df):
     return 1.96 + (1.96**3 + 1.96) / (4 * df)
 
 
