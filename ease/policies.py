@@ -105,9 +105,7 @@ def teacher_messages(prompt: str, categories: tuple[str, ...],
 
 
 def category_messages(prompt: str, category: str) -> list[dict]:
-    """The question by which a teacher classifies (paper, phase 1, step 1), one a category; all of a
-    prompt begin alike.
-    """
+    """The question by which a teacher classifies (paper, phase 1, step 1), one a category."""
     question = (f"Here is a request to an assistant:\n{prompt}\n\n"
                 f"Does it touch the policy area \"{category}\"? Answer yes or no.")
     return [{"role": "user", "content": question}]

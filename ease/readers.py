@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ease.method import split_reasoning
 from ease.policies import BENIGN, parse_categories
-from ease.records import (KINDS, WELL_FORMED, Record, UserError, check_text, check_objects,
-                          digest, parse_json, read_lines, read_text, record_from_dict, unique)
+from ease.records import (KINDS, WELL_FORMED, Record, UserError, check_objects, check_text, digest,
+                          parse_json, read_lines, read_text, record_from_dict, unique)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Row:
         return kind
 
     def categories(self, name: str) -> tuple[str, ...]:
-        """The categories that a list names, or the text of one, as tables have it."""
+        """The categories that a list names, or its text, as tables have it."""
         value = self.columns.get(name)
         texts = value if isinstance(value, list) else [value]
         text = ", ".join(check_text(t, name, self.where) for t in texts)
@@ -61,8 +61,9 @@ def read_records(path: str | Path) -> list[Record]:
     names = rows[0].columns.keys()
     columns = next((c for c in FORMATS if set(c.split()) <= names), None)
     if columns is None:
-        raise UserError(f"{rows[0].where}: unknown columns {', '.join(names)[:300]}; accepted: "
-                        + "; ".join(c.replace(" ", ", ") for c in FORMATS))
+        known = "; ".join(c.replace(" ", ", ") for c in FORMATS)  # ours, the first, needs an id too
+        raise UserError(f"{rows[0].where}: unknown columns {', '.join(names)[:300]}; "
+                        f"accepted: id, {known}")
     for row in rows:
         if missing := [name for name in columns.split() if name not in row.columns]:
             raise UserError(f"{row.where}: field {missing[0]!r} is missing")
@@ -99,8 +100,8 @@ def read_named(*paths: str) -> list[list[Record]]:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """A file's rows. What it begins with says whether it is JSON or a table; its name counts only
-    where that would be broken JSON.
+    """A file's rows. Its beginning says whether it is JSON or a table; a name with ".json" asks for
+    JSON all the same.
     """
     text, name, extra = read_text(path), path.name.lower(), {}
     if not (start := text.strip()):
@@ -165,9 +166,7 @@ def star1(row: Row) -> Record:
 
 
 def wildjailbreak(row: Row) -> Record:
-    """WildJailbreak. The digest of the plain form, which its evaluation split has not, is the id of
-    the underlying request.
-    """
+    """WildJailbreak: the group is the plain form, which its evaluation split has not."""
     kind, vanilla = row.kind("data_type"), row["vanilla"]
     prompt = row["adversarial"] if kind.startswith("adversarial") else vanilla
     return Record(row.id, prompt, kind, row["completion"], source="WildJailbreak",
@@ -175,7 +174,7 @@ def wildjailbreak(row: Row) -> Record:
 
 
 def jailbreakbench_table(row: Row) -> Record:
-    """JailbreakBench's behaviours: of its two sets only the file's name tells which it is."""
+    """JailbreakBench's behaviours: only the file's name tells its two sets apart."""
     kind = "benign" if "benign" in Path(row.where).name.lower() else "harmful"
     if row.number == 0:
         print(f"{row.where}: JailbreakBench's behaviours, {kind} by the file's name")

@@ -19,7 +19,7 @@ HARMFUL_KINDS = ("adversarial_harmful", "harmful")
 SAFE, UNSAFE, UNPARSED = "safe", "unsafe", "unparsed"  # a judge's verdict on an answer
 WELL_FORMED, ABSENT, UNCLOSED = "well_formed", "absent", "unclosed"  # a text's think block
 
-# What a file begins with that is no plain text: modules that unpack it, and what is not read here.
+# The first bytes of a file that is no plain text: what unpacks it, and what is not read.
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\0": "lzma"}
 FOREIGN = {
     b"PAR1": "Parquet", b"ARROW1": "Arrow", b"\xff\xff\xff\xff": "an Arrow stream",
@@ -108,10 +108,7 @@ def check_text(value: object, name: str, where: str) -> str:
 
 
 def record_from_dict(row: dict, where: str) -> Record:
-    """A Record of one parsed object: the door for all that is read. Null = not known.
-
-    `where` ("file:line") begins every error message.
-    """
+    """A Record of one parsed object at `where` ("file:line"). Null = not known."""
     known = [f.name for f in fields(Record)]
     if unknown := [name for name in row if name not in known]:
         raise UserError(f"{where}: unknown field {unknown[0]!r}; a record has {', '.join(known)}")
@@ -162,7 +159,7 @@ def parse_json(text: str, path: str | Path, line: int = 1) -> object:
 
 
 def check_objects(path: str | Path, found: list[tuple[str, object]]) -> list[tuple[str, dict]]:
-    """Parsed values and their places. None at all and one that is no JSON object are errors."""
+    """Parsed values and their places; no value, and one that is no JSON object, are errors."""
     if not found:
         raise UserError(f"{path}: no records")
     for where, value in found:
@@ -172,9 +169,7 @@ def check_objects(path: str | Path, found: list[tuple[str, object]]) -> list[tup
 
 
 def read_lines(path: str | Path, text: str = "") -> list[tuple[str, dict]]:
-    """The objects of a JSON Lines file (or of its text, where it has been read), each with its
-    place "file:line". Blank lines are skipped.
-    """
+    """The objects of a JSON Lines file (or of its text), each with its place "file:line"."""
     lines = (text or read_text(path)).split("\n")  # not splitlines(): U+2028 may stand in a string
     return check_objects(path, [(f"{path}:{i}", parse_json(line, path, i))
                                 for i, line in enumerate(lines, 1) if line.strip()])
@@ -230,7 +225,7 @@ def response_to_dict(response: Response) -> dict:
 
 
 def read_responses(path: str | Path) -> list[Response]:
-    """The inverse, for a whole file."""
+    """The inverse, of a whole file."""
     responses = []
     for _, row in read_lines(path):
         known = {name: row.pop(name) for name in RESPONDED_TO}

@@ -194,8 +194,8 @@ def test_no_row_of_a_table_is_lost_in_silence(tmp_path, lines, line, message):
     ("s.csv", "goal,target\n", "no rows"), ("s.csv", ";", "no rows"),
     ("s.csv", "goal,target,goal\na,b,c\n", "s.csv:1: two columns of one name"),
     ("s.parquet", b"PAR1\x15\x04", "this is Parquet; what is read: CSV, TSV, JSON"),
-    ("s.json", [{"text": "x", "y": 1}], "row 0: unknown columns text, y; accepted: prompt, kind; "
-     "id, question, response, category; id, question, response; goal, target"),
+    ("s.json", [{"text": "x", "y": 1}], "row 0: unknown columns text, y; accepted: id, prompt, "
+     "kind; id, question, response, category; id, question, response; goal, target"),
     ("s.json", [ROW, without(ROW, "category")], "row 1: field 'category' is missing"),
     ("s.json", [ROW, ROW], "already used"), ("s.json", [{**ROW, "question": None}], "no row has a"),
     ("s.csv", "question,choice0,choice1,answer\nq,a,b,0\n", r"multiple choice \(MMLU\)"),
