@@ -1,15 +1,14 @@
 """What the teacher is told, and which of its traces count (paper, phase 1, steps 1 and 2).
 
-The policy's text stands in the teacher's prompt only, never in the student's: that is what makes
-this a distillation of the policy into the weights (context distillation). The wording is ours;
-the eight categories are the paper's.
+The policy stands in the teacher's prompt only, never in the student's: so it is distilled into the
+weights (context distillation). The wording is ours, the eight categories are the paper's.
 """
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ease.records import (SAFE, UNCLOSED, WELL_FORMED, Response, UserError, check_text, parse_json,
+from ease.records import (ABSENT, SAFE, UNCLOSED, Response, UserError, check_text, parse_json,
                           read_text)
 
 BENIGN = "benign"
@@ -71,14 +70,12 @@ def load_policy(path: str | Path | None) -> Policy:
     """POLICY, or that of a JSON file {"instruction": TEXT, "policies": {CATEGORY: TEXT}}."""
     if not path:
         return POLICY
-    data = parse_json(read_text(path), path)
-    known = data if isinstance(data, dict) else {}
-    instruction, texts = known.get("instruction"), known.get("policies")
-    if not (isinstance(instruction, str) and isinstance(texts, dict) and BENIGN in texts):
-        raise UserError(f"{path}: a policy file is a JSON object with 'instruction', a text, and "
-                        f"'policies', {{category: text}}, {BENIGN!r} among the categories")
-    texts = {name: check_text(text, name, str(path)) for name, text in texts.items()}
-    return Policy(check_text(instruction, "instruction", str(path)), texts)
+    match parse_json(read_text(path), path):
+        case {"instruction": str(instruction), "policies": dict(texts)} if BENIGN in texts:
+            texts = {name: check_text(text, name, str(path)) for name, text in texts.items()}
+            return Policy(check_text(instruction, "instruction", str(path)), texts)
+    raise UserError(f"{path}: a policy file is a JSON object with 'instruction', a text, and "
+                    f"'policies', {{category: text}}, {BENIGN!r} among the categories")
 
 
 def parse_categories(text: str, policy: Policy = POLICY) -> tuple[str, ...]:
@@ -107,6 +104,13 @@ def teacher_messages(prompt: str, categories: tuple[str, ...],
     return [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
 
 
+def category_messages(prompt: str, category: str) -> list[dict]:
+    """The question by which a teacher classifies (paper, phase 1, step 1), one a category."""
+    question = (f"Here is a request to an assistant:\n{prompt}\n\n"
+                f"Does it touch the policy area \"{category}\"? Answer yes or no.")
+    return [{"role": "user", "content": question}]
+
+
 def cites(reasoning: str, categories: tuple[str, ...], policy: Policy = POLICY) -> bool:
     """Whether a reasoning names one of the categories ("Hate" of "Harassment / Hate / ..." will do)
     or quotes four words in a row of its policy (all of a shorter one).
@@ -114,14 +118,12 @@ def cites(reasoning: str, categories: tuple[str, ...], policy: Policy = POLICY) 
     def words(text: str) -> list[str]:
         return re.findall(r"[\w'-]+", text.lower())
 
-    said = f" {' '.join(words(reasoning))} "  # whole words: "whatever" does not name hate
+    phrases = [words(alias) for name in categories for alias in name.split("/")]
     for name in categories:
         text = words(policy.texts[name])
-        phrases = [words(alias) for alias in name.split("/")]
         phrases += [text[i : i + 4] for i in range(max(1, len(text) - 3))]
-        if any(f" {' '.join(phrase)} " in said for phrase in phrases if phrase):
-            return True
-    return False
+    said = f" {' '.join(words(reasoning))} "  # whole words: "whatever" does not name hate
+    return any(f" {' '.join(phrase)} " in said for phrase in phrases if phrase)
 
 
 def is_loop(text: str) -> bool:
@@ -129,47 +131,30 @@ def is_loop(text: str) -> bool:
     words = text.split()
     for period in range(1, 51):
         same = 0  # words in a row that equal the word one period before
-        for i in range(period, len(words)):
-            same = same + 1 if words[i] == words[i - period] else 0
-            if same >= 3 * period and same + period >= 12:
+        for word, before in zip(words[period:], words):
+            same = same + 1 if word == before else 0
+            if same >= max(3 * period, 12 - period):
                 return True
     return False
 
 
-def category_messages(prompt: str, category: str) -> list[dict]:
-    """The question by which a teacher classifies (paper, phase 1, step 1), one a category; all of a
-    prompt begin alike.
-    """
-    question = (f"Here is a request to an assistant:\n{prompt}\n\n"
-                f"Does it touch the policy area \"{category}\"? Answer yes or no.")
-    return [{"role": "user", "content": question}]
-
-
 def accept_trace(response: Response, verdict: str, refused: bool,
                  policy: Policy = POLICY) -> str | None:
-    """None if a teacher's response counts, else why it is dropped (paper, phase 1: rejection
-    sampling).
+    """None if a teacher's response counts, else why not (paper, phase 1: rejection sampling).
 
-    verdict: the judge's word on the ANSWER; refused: whether the answer is a refusal. A harmful
-    request must be answered safely, a benign one must not be refused, and where the policy
-    restricts something the reasoning must cite it.
+    verdict: the judge's word on the ANSWER; refused: whether the answer is a refusal.
     """
-    record = response.record
-    restricted = tuple(c for c in record.categories if c != BENIGN)
-    if not response.finished:
-        return "cut off"
-    if response.state != WELL_FORMED:
-        return "think block unclosed" if response.state == UNCLOSED else "no think block"
-    if not response.reasoning:
-        return "empty reasoning"
-    if not response.answer:
-        return "empty answer"
-    if is_loop(response.text):
-        return "repetition loop"
-    if restricted and not cites(response.reasoning, restricted, policy):
-        return "names no category and no rule"
-    if record.harmful and verdict != SAFE:
-        return f"harmful request, answer judged {verdict}"
-    if not record.harmful and refused:
-        return "benign request refused"
-    return None
+    harmful, reasoning = response.record.harmful, response.reasoning
+    restricted = tuple(c for c in response.record.categories if c != BENIGN)
+    reasons = {  # the first that holds is given
+        "cut off": not response.finished,
+        "think block unclosed": response.state == UNCLOSED,
+        "no think block": response.state == ABSENT,
+        "empty reasoning": not reasoning,
+        "empty answer": not response.answer,
+        "repetition loop": is_loop(response.text),
+        "names no category and no rule": restricted and not cites(reasoning, restricted, policy),
+        f"harmful request, answer judged {verdict}": harmful and verdict != SAFE,
+        "benign request refused": not harmful and refused,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)

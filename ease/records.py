@@ -8,7 +8,7 @@ import importlib
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 # "adversarial" = wrapped in a jailbreak; its benign twins look alike but ask for nothing bad.
@@ -19,7 +19,7 @@ HARMFUL_KINDS = ("adversarial_harmful", "harmful")
 SAFE, UNSAFE, UNPARSED = "safe", "unsafe", "unparsed"  # a judge's verdict on an answer
 WELL_FORMED, ABSENT, UNCLOSED = "well_formed", "absent", "unclosed"  # a text's think block
 
-# What a file begins with that is no plain text: modules that unpack it, and what is not read here.
+# The first bytes of a file that is no plain text: what unpacks it, and what is not read.
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\0": "lzma"}
 FOREIGN = {
     b"PAR1": "Parquet", b"ARROW1": "Arrow", b"\xff\xff\xff\xff": "an Arrow stream",
@@ -44,9 +44,9 @@ class Record:
     id: unique in its file                      kind: one of KINDS
     response: the (reference) answer            reasoning: the trace, without think markers
     categories: safety categories (policies.py) source: data set, or part of it
-    group: id of the underlying request, which its attacked and its plain forms share; by default
-        the prompt's digest: ids may be row numbers, which say nothing outside their file
     attack: jailbreak family                    target: how a compliant answer starts (AdvBench)
+    group: id of the underlying request, which its attacked and its plain forms share; by default
+        the prompt's digest (ids may be row numbers)
     """
 
     id: str
@@ -72,13 +72,13 @@ class Record:
 
 @dataclass
 class Response:
-    """One model's answer to a record's prompt, and what is known of it.
+    """One model's answer to a record's prompt.
 
     text: as generated                 reasoning, answer, state: its parts (method.split_reasoning)
-    finished: it ended by itself       gate: g(q), the probability of opening a think block; nan if
-    opened: it begins with the open        nobody asked
-        marker's own token ids         tokens: generated ones, "reasoning" + "answer" = "total"
-    verdicts: {judge: verdict}         seconds: its share of the steps it took part in
+    finished: it ended by itself       opened: it begins with the open marker's own token ids
+    verdicts: {judge: verdict}         gate: probability of opening a think block; nan: not known
+    tokens: generated ones, "reasoning" + "answer" = "total"
+    seconds: its share of the steps it took part in
     vulnerable: whether this is an attack that jailbreaks the ORIGINAL model; None: not known
     """
 
@@ -108,25 +108,19 @@ def check_text(value: object, name: str, where: str) -> str:
 
 
 def record_from_dict(row: dict, where: str) -> Record:
-    """A Record of one parsed object: the door for all that is read. Null = not known.
-
-    `where` ("file:line") begins every error message.
-    """
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    """A Record of one parsed object at `where` ("file:line"). Null = not known."""
     known = [f.name for f in fields(Record)]
     if unknown := [name for name in row if name not in known]:
         raise UserError(f"{where}: unknown field {unknown[0]!r}; a record has {', '.join(known)}")
-    categories = row.get("categories") or ()
-    if not isinstance(categories, list | tuple):
-        raise UserError(f"{where}: field 'categories' must be a list of strings")
     texts = {k: check_text(v, k, where) for k, v in row.items() if k != "categories"}
     for name in ("id", "prompt", "kind"):
         if not texts.get(name, "").strip():
-            problem = "missing" if row.get(name) is None else "empty"
-            raise UserError(f"{where}: field {name!r} is {problem}")
+            raise UserError(f"{where}: field {name!r} is missing or empty")
     if texts["kind"] not in KINDS:
         raise UserError(f"{where}: field 'kind' is {texts['kind']!r}; expected {', '.join(KINDS)}")
+    categories = row.get("categories") or ()
+    if not isinstance(categories, list | tuple):
+        raise UserError(f"{where}: field 'categories' must be a list of strings")
     return Record(**texts, categories=tuple(check_text(c, "categories", where) for c in categories))
 
 
@@ -145,7 +139,7 @@ def read_text(path: str | Path) -> str:
     for start, name in FOREIGN.items():
         if data.startswith(start):
             raise UserError(f"{path}: this is {name}; what is read: CSV, TSV, JSON and JSON Lines, "
-                            "in UTF-8 or UTF-16, also packed with gzip, bzip2 or xz")
+                            "also packed with gzip, bzip2 or xz")
     encoding = "UTF-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "UTF-8"
     try:
         return data.decode(encoding).removeprefix("\ufeff")
@@ -164,16 +158,21 @@ def parse_json(text: str, path: str | Path, line: int = 1) -> object:
         raise UserError(f"{path}:{line}: not JSON ({e})") from None
 
 
-def read_lines(path: str | Path, text: str = "") -> list[tuple[str, dict]]:
-    """The values of a JSON Lines file (or of its text, where it has been read), each with its place
-    "file:line". Blank lines are skipped.
-    """
-    lines = (text or read_text(path)).split("\n")  # not splitlines(): U+2028 may stand in a string
-    found = [(f"{path}:{i}", parse_json(line, path, i)) for i, line in enumerate(lines, 1)
-             if line.strip()]
+def check_objects(path: str | Path, found: list[tuple[str, object]]) -> list[tuple[str, dict]]:
+    """Parsed values and their places; no value, and one that is no JSON object, are errors."""
     if not found:
-        raise UserError(f"{path}: no records (the file is empty)")
+        raise UserError(f"{path}: no records")
+    for where, value in found:
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: expected a JSON object, found {type(value).__name__}")
     return found
+
+
+def read_lines(path: str | Path, text: str = "") -> list[tuple[str, dict]]:
+    """The objects of a JSON Lines file (or of its text), each with its place "file:line"."""
+    lines = (text or read_text(path)).split("\n")  # not splitlines(): U+2028 may stand in a string
+    return check_objects(path, [(f"{path}:{i}", parse_json(line, path, i))
+                                for i, line in enumerate(lines, 1) if line.strip()])
 
 
 def unique(records: list[tuple[str, Record]]) -> list[Record]:
@@ -192,8 +191,8 @@ def read_jsonl(path: str | Path) -> list[Record]:
 
 
 def record_to_dict(record: Record) -> dict:
-    """The record's fields that are not empty, ready for json.dumps."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(record).items() if v}
+    """The record's fields that are not empty."""
+    return {name: value for name, value in vars(record).items() if value}
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -218,18 +217,19 @@ def response_to_dict(response: Response) -> dict:
     """A line of rows.jsonl: the record's fields, its reference answer as `expected`, and the
     response's own fields.
     """
-    own = {f.name: getattr(response, f.name) for f in fields(Response) if f.name != "record"}
-    own["gate"] = None if math.isnan(response.gate) else response.gate
-    record = {name: getattr(response.record, name) for name in RESPONDED_TO}
-    return {**record, "expected": response.record.response, **own}
+    row = {name: getattr(response.record, name) for name in RESPONDED_TO}
+    row |= {"expected": response.record.response, **vars(response)}
+    row["gate"] = None if math.isnan(response.gate) else response.gate
+    del row["record"]
+    return row
 
 
 def read_responses(path: str | Path) -> list[Response]:
-    """The inverse, for a whole file."""
-    names, responses = {f.name for f in fields(Response)}, []
+    """The inverse, of a whole file."""
+    responses = []
     for _, row in read_lines(path):
-        record = Record(response=row["expected"], **{name: row[name] for name in RESPONDED_TO})
-        own = {name: value for name, value in row.items() if name in names}
-        gate = math.nan if row["gate"] is None else row["gate"]
-        responses.append(Response(**own | {"record": record, "gate": gate}))
+        known = {name: row.pop(name) for name in RESPONDED_TO}
+        record = Record(**known, response=row.pop("expected"))
+        row["gate"] = math.nan if row["gate"] is None else row["gate"]
+        responses.append(Response(record, **row))
     return responses

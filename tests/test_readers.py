@@ -169,7 +169,7 @@ def test_a_long_field_of_a_table(tmp_path):
 
 @pytest.mark.parametrize("lines, line, message", [
     (['"Say bye,Sure', "Say more,Sure", "Say all,Sure"], 3, "is not closed"),  # swallows the rest
-    (['"Say bye,Sure', '"Say more",Sure'], 3, "closed before the field's end"),
+    (['"Say bye,Sure', '"Say more",Sure'], 3, "too early"),
     (['"Say bye,Sure', 'Say more,Sure"', "Say all,Sure"], 3, "1 fields, the header has 2"),
     (['"Say\nbye",Sure', '"Say more'], 5, "is not closed"), (["Say bye, then,Sure"], 3, "3 fields"),
     (["Say bye"], 3, "1 fields"),
@@ -180,23 +180,23 @@ def test_no_row_of_a_table_is_lost_in_silence(tmp_path, lines, line, message):
 
 
 @pytest.mark.parametrize("name, data, message", [
-    ("s.json", [], "at least one"), ("s.json", {"a": 1}, "unknown columns a;"),
+    ("s.json", [], "s.json: no records"), ("s.json", {"a": 1}, "unknown columns a;"),
     ("s.json", "\n", "the file is empty"), ("s.json", "null", "row 0: .*found NoneType"),
-    ("s.json", [3], "row 0: expected an object with named fields, found int"),
-    ("s.jsonl", f"{json.dumps(TASK)}\n[1]", "s.jsonl:2: expected an object .*found list"),
+    ("s.json", [3], "row 0: expected a JSON object, found int"),
+    ("s.jsonl", f"{json.dumps(TASK)}\n[1]", "s.jsonl:2: expected a JSON object, found list"),
     ("s.json", {"parameters": {}, "jailbreaks": [None]}, "row 0: .*found NoneType"),
-    ("s.json", {"parameters": {}, "jailbreaks": []}, "at least one"),
+    ("s.json", {"parameters": {}, "jailbreaks": []}, "no records"),
     ("s.json", {"parameters": {}, "jailbreaks": None}, "unknown columns parameters, jailbreaks"),
-    ("s.json", {"parameters": {}, "jailbreaks": [{"index": 0}]}, "unknown columns index, method"),
+    ("s.json", {"parameters": {}, "jailbreaks": [{"index": 0}]}, "unknown columns index;"),
     ("s.jsonl", '{"goal": "a"\n{"goal": "b"}', "s.jsonl:1: not JSON"),
     ("s.json", '[{"goal": "a"},\n{"goal": ]', "s.json:2: not JSON"),
     ("s.json", "goal,target\na,b", "s.json:1: not JSON"),
     ("s.csv", "goal,target\n", "no rows"), ("s.csv", ";", "no rows"),
     ("s.csv", "goal,target,goal\na,b,c\n", "s.csv:1: two columns of one name"),
     ("s.parquet", b"PAR1\x15\x04", "this is Parquet; what is read: CSV, TSV, JSON"),
-    ("s.json", [{"text": "x", "y": 1}], "row 0: unknown columns text, y; accepted: id, kind, prompt"
-     "; category, id, question, response; id, question, response; goal, target"),
-    ("s.json", [ROW, without(ROW, "category")], "row 1: field 'category' is missing; found id, q"),
+    ("s.json", [{"text": "x", "y": 1}], "row 0: unknown columns text, y; accepted: id, prompt, "
+     "kind; id, question, response, category; id, question, response; goal, target"),
+    ("s.json", [ROW, without(ROW, "category")], "row 1: field 'category' is missing"),
     ("s.json", [ROW, ROW], "already used"), ("s.json", [{**ROW, "question": None}], "no row has a"),
     ("s.csv", "question,choice0,choice1,answer\nq,a,b,0\n", r"multiple choice \(MMLU\)"),
 ])
@@ -222,9 +222,9 @@ def test_files_of_another_shape(tmp_path, name, data, message):
     ({"instruction": "x", "id": "1", "instances": []}, "'instances' must be a list of objects"),
     ({"instruction": "x", "id": "1", "instances": [{"output": 3}]}, "'output' must be a string"),
     ({"goal": "a", "target": {}}, "'target' must be a string, found dict"),
-    ({"prompt": "p", "type": "t", "label": "maybe"}, "'label' is 'maybe'; expected safe, unsafe"),
-    ({"prompt": "p", "data_type": "Vanilla"}, "'data_type' is 'Vanilla'; expected vanilla_harmful"),
-    ({"adversarial": "p", "data_type": None}, "'data_type' is ''; expected vanilla_harmful"),
+    ({"prompt": "p", "type": "t", "label": "maybe"}, "'label' is 'maybe'; expected safe, unsafe,"),
+    ({"prompt": "p", "data_type": "Vanilla"}, "'data_type' is 'Vanilla'; expected .*vanilla"),
+    ({"adversarial": "p", "data_type": None}, "'data_type' is ''; expected .*vanilla_harmful"),
 ])
 def test_errors_name_file_row_and_field(tmp_path, row, message):
     """When the file is read, whatever the format, and also in a row that is not the first."""

@@ -28,8 +28,8 @@ GOOD = '{"id": "a", "prompt": "p", "kind": "harmful"}\n'
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("", "empty"),
-        ("\n\n", "empty"),
+        ("", "no records"),
+        ("\n\n", "no records"),
         ('{"id": "a"', "x.jsonl:1: not JSON"),
         ("[1]", "x.jsonl:1: expected a JSON object"),
         (GOOD + '{"id": "b", "kind": "harmful"}', "x.jsonl:2: field 'prompt' is missing"),
@@ -58,7 +58,7 @@ GOOD = '{"id": "a", "prompt": "p", "kind": "harmful"}\n'
         ('{"id": ' + "9" * 5000 + "}", "x.jsonl:1: not JSON"),
         (
             GOOD + '{"id": "b", "prompt": " ", "kind": "harmful"}',
-            "x.jsonl:2: field 'prompt' is empty",
+            "x.jsonl:2: field 'prompt' is missing or empty",
         ),
         (
             GOOD + '{"id": "b", "prompt": "p", "kind": "harmful", "question": "q"}',
