@@ -44,9 +44,12 @@ class LoRALinear(nn.Linear):
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out): W x + b + s B A x."""
-        low = self.scale * self.lora_A(x.to(self.lora_A.weight.dtype))  # (..., r), the smallest
-        return F.linear(x, self.weight, self.bias) + self.lora_B(low).to(x.dtype)
+        """(..., in) -> (..., out): W x + b + s B A x, computed in x's dtype: A and B are cast, not
+        the much larger x.
+        """
+        low = self.scale * F.linear(x, self.lora_A.weight.to(x.dtype))  # (..., r), the smallest
+        update = F.linear(low, self.lora_B.weight.to(x.dtype))  # (..., out)
+        return F.linear(x, self.weight, self.bias) + update
 
     def delta(self) -> Tensor:
         """s B A, (out, in)."""

@@ -61,37 +61,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-class Rows:
-    """Where the N tokens of a batch stand: B rows of `lengths` tokens lie one behind the other, so
-    that no padding is computed. Only attention needs them side by side, as (B, T).
-
-    starts: the position of each row's first token (None: 0).
-    """
-
-    def __init__(self, lengths: list[int], starts: list[int] | None, device: torch.device):
-        B, T = self.shape = len(lengths), max(lengths)
-        self.fresh, starts = starts is None, torch.tensor(starts or [0] * B)
-        counts = torch.tensor(lengths)
-        row = torch.arange(B).repeat_interleave(counts)  # (N,)
-        offset = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
-        self.span = int((starts + counts).max())  # S: how far the rows reach; all on the host
-        table = torch.stack((row, starts[row] + offset, row * T + offset)).to(device)
-        self.row, self.positions, self.place = table
-        self.even = len(row) == B * T  # nothing to pad
-
-    def pad(self, x: Tensor) -> Tensor:
-        """(N, heads, d) -> (B, heads, T, d), zeros behind each row."""
-        if not self.even:
-            B, T = self.shape
-            x = x.new_zeros(B * T, *x.shape[1:]).index_copy(0, self.place, x)
-        return x.view(*self.shape, *x.shape[1:]).transpose(1, 2)
-
-    def unpad(self, x: Tensor) -> Tensor:
-        """(B, heads, T, d) -> (N, heads, d)."""
-        x = x.transpose(1, 2).flatten(0, 1)  # (B T, heads, d)
-        return x if self.even else x.index_select(0, self.place)
-
-
 class KVCache:
     """Keys and values, a layer (slots, K, length, d). A slot is reused by writing from position 0.
     """
@@ -106,9 +75,10 @@ class KVCache:
         self.k[layer][slots, :, positions] = k
         self.v[layer][slots, :, positions] = v
 
-    def read(self, layer: int, first: int, rows: int, span: int) -> tuple[Tensor, Tensor]:
-        """Keys and values (rows, K, span, d) of consecutive slots: views, nothing is copied."""
-        slots = slice(first, first + rows)
+    def read(self, layer: int, slots: int | slice, span: int) -> tuple[Tensor, Tensor]:
+        """The first `span` keys and values of consecutive slots (rows, K, span, d), or of one
+        (K, span, d): views, nothing is copied.
+        """
         return self.k[layer][slots, :, :span], self.v[layer][slots, :, :span]
 
     def move(self, source: int, target: int) -> None:
@@ -117,23 +87,36 @@ class KVCache:
             kept[target] = kept[source]
 
 
-class Cached(NamedTuple):
-    """What one layer's attention needs to keep keys and values, and to go on from kept ones."""
+class Rows(NamedTuple):
+    """Where the N tokens of a batch stand: B rows, one behind the other, and no padding."""
 
-    cache: KVCache
-    layer: int
-    first: int  # slot of row 0
+    lengths: list[int]  # tokens of each row
+    starts: list[int] | None  # the position of each row's first token, where rows go on
+    positions: Tensor  # (N,)
+    cache: KVCache | None
+    first: int  # the cache's slot of row 0
     slots: Tensor  # (N,)
-    mask: Tensor | None  # (B, 1, T, S), true where a query may look; None: nothing is kept before
+    mask: Tensor | None  # decoding, one token a row: (B, 1, 1, S), true where it may look
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v of one row, causal. q (H, n, d): the last n of its S positions;
+    k, v (K, S, d) -> (n, H, d).
+    """
+    n, S = q.shape[1], k.shape[1]
+    mask = None if n == S else torch.ones(n, S, dtype=torch.bool, device=q.device).tril(S - n)
+    out = F.scaled_dot_product_attention(q[None], k[None], v[None], mask, is_causal=n == S,
+                                         enable_gqa=len(q) != len(k))
+    return out[0].transpose(0, 1)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions: softmax(q k^T / sqrt(d)) v, causal."""
+    """Grouped-query attention with rotary positions. Only here do rows matter."""
 
-    def __init__(self, c: ModelConfig):
+    def __init__(self, c: ModelConfig, layer: int):
         super().__init__()
         D, d, H, K = c.hidden_size, c.head_dim, c.num_attention_heads, c.num_key_value_heads
-        self.head_dim = d
+        self.layer, self.head_dim = layer, d
         self.q_proj = nn.Linear(D, H * d, bias=c.qkv_bias)
         self.k_proj = nn.Linear(D, K * d, bias=c.qkv_bias)
         self.v_proj = nn.Linear(D, K * d, bias=c.qkv_bias)
@@ -141,29 +124,33 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(d, c.rms_norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(d, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rope: tuple, rows: Rows, cached: Cached | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple, rows: Rows) -> Tensor:
         """x (N, D) -> (N, D); rope: cos and sin (N, 1, d)."""
         by_head = (len(x), -1, self.head_dim)
-        q = self.q_norm(self.q_proj(x).view(by_head))  # (N, H, d)
-        k = self.k_norm(self.k_proj(x).view(by_head))  # (N, K, d)
+        q = rotate(self.q_norm(self.q_proj(x).view(by_head)), *rope)  # (N, H, d)
+        k = rotate(self.k_norm(self.k_proj(x).view(by_head)), *rope)  # (N, K, d)
         v = self.v_proj(x).view(by_head)  # (N, K, d)
-        q, k = rotate(q, *rope), rotate(k, *rope)
-        if cached:
-            cached.cache.write(cached.layer, cached.slots, rows.positions, k, v)
-        q, grouped = rows.pad(q), q.shape[1] != k.shape[1]  # (B, H, T, d)
-        attend = F.scaled_dot_product_attention
-        if cached is None or cached.mask is None:
-            # padding needs no mask: no token looks to its right
-            k, v = rows.pad(k), rows.pad(v)  # (B, K, T, d)
-            out = attend(q, k, v, is_causal=True, enable_gqa=grouped)  # (B, H, T, d)
-        else:
-            k, v = cached.cache.read(cached.layer, cached.first, len(q), rows.span)  # (B, K, S, d)
-            if q.shape[2] == 1:  # decoding: a key head's H/K queries as its rows: no key is copied
-                q = q.reshape(len(q), k.shape[1], -1, self.head_dim)  # (B, K, H/K, d)
-                out = attend(q, k, v, attn_mask=cached.mask).reshape(len(q), -1, 1, self.head_dim)
-            else:
-                out = attend(q, k, v, attn_mask=cached.mask, enable_gqa=grouped)
-        return self.o_proj(rows.unpad(out).flatten(1))  # (N, D)
+        if rows.cache:
+            rows.cache.write(self.layer, rows.slots, rows.positions, k, v)
+        out = self.by_row(q, k, v, rows) if rows.mask is None else self.decode(q, rows)
+        return self.o_proj(out.flatten(1))
+
+    def by_row(self, q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
+        """Every row alone, so that none is padded. (N, H, d)."""
+        q, k, v = (t.transpose(0, 1).split(rows.lengths, dim=1) for t in (q, k, v))
+        if rows.starts:  # the slots hold what is before these tokens, and them
+            kept = [rows.cache.read(self.layer, rows.first + b, start + n)
+                    for b, (start, n) in enumerate(zip(rows.starts, rows.lengths))]
+            k, v = zip(*kept)
+        return torch.cat(list(map(attend, q, k, v)))
+
+    def decode(self, q: Tensor, rows: Rows) -> Tensor:
+        """One token a row, all rows at once. (B, H, d)."""
+        slots = slice(rows.first, rows.first + len(q))
+        k, v = rows.cache.read(self.layer, slots, rows.mask.shape[-1])  # (B, K, S, d)
+        # a key head's H/K queries stand as its rows: no key is copied
+        q = q.view(len(q), k.shape[1], -1, self.head_dim)  # (B, K, H/K, d)
+        return F.scaled_dot_product_attention(q, k, v, rows.mask).flatten(1, 2)
 
 
 class MLP(nn.Module):
@@ -184,16 +171,16 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, c: ModelConfig):
+    def __init__(self, c: ModelConfig, layer: int):
         super().__init__()
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.self_attn = Attention(c)
+        self.self_attn = Attention(c, layer)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, rope: tuple, rows: Rows, cached: Cached | None = None) -> Tensor:
-        """x (N, D) -> (N, D); the others as in Attention."""
-        x = x + self.self_attn(self.input_layernorm(x), rope, rows, cached)
+    def forward(self, x: Tensor, rope: tuple, rows: Rows) -> Tensor:
+        """x (N, D) -> (N, D); rope and rows as in Attention."""
+        x = x + self.self_attn(self.input_layernorm(x), rope, rows)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -203,7 +190,7 @@ class Decoder(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(c, i) for i in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
 
@@ -236,19 +223,22 @@ class CausalLM(nn.Module):
         With a cache, the keys of row b are kept in slot first + b. starts: row b goes on at
         position starts[b] and looks at what its slot holds before.
         """
-        c, rows = self.config, Rows(lengths, starts, ids.device)
-        check_length(c, rows.span)
+        c, B, device = self.config, len(lengths), ids.device
+        ends = [start + n for start, n in zip(starts or [0] * B, lengths)]
+        check_length(c, max(ends))
+        # the host knows all of this: the device is asked nothing
+        row = torch.arange(B).repeat_interleave(torch.tensor(lengths))  # (N,)
+        from_end = torch.tensor(list(accumulate(lengths)))[row] - torch.arange(len(row))
+        positions = (torch.tensor(ends)[row] - from_end).to(device)  # (N,)
+        mask = None
+        if starts and len(row) == B:
+            mask = torch.arange(max(ends), device=device) <= positions[:, None, None, None]
+        rows = Rows(lengths, starts, positions, cache, first, (row + first).to(device), mask)
         x = self.model.embed_tokens(ids)  # (N, D)
         # computed anew each time: a stored table would be rounded by model.to(bfloat16)
-        frequencies = rope_frequencies(c.rope, c.head_dim, ids.device)
-        rope = rope_tables(rows.positions, frequencies, x.dtype)
-        slots, mask = rows.row + first, None
-        if not rows.fresh:  # positions (B, 1, T, 1) on the left
-            last = rows.pad(rows.positions[:, None, None])
-            mask = torch.arange(rows.span, device=ids.device) <= last  # (B, 1, T, S)
-        for i, layer in enumerate(self.model.layers):
-            cached = None if cache is None else Cached(cache, i, first, slots, mask)
-            x = layer(x, rope, rows, cached)
+        rope = rope_tables(positions, rope_frequencies(c.rope, c.head_dim, device), x.dtype)
+        for layer in self.model.layers:
+            x = layer(x, rope, rows)
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
