@@ -89,17 +89,17 @@ class Tokenizer:
         """
         system, user, assistant = ({"role": role, "content": f"{role}-probe"}
                                    for role in ("system", "user", "assistant"))
-        self.content_as_parts = False
+        self.content_as_parts, self.takes_system, self.opens_thinking = False, True, False
         self.content_as_parts = not self.tried([user]) and bool(self.tried([as_parts(user)]))
         self.takes_system = bool(self.tried([system, user]))
-        self.opens_thinking = self.tried([user]).rstrip().endswith(OPEN)
         self.conversation = self.tried([system] * self.takes_system + [user, assistant, user])
+        self.opens_thinking = self.tried([user]).rstrip().endswith(OPEN)
 
     def tried(self, messages: list[dict]) -> str:
-        """The template's own output, "" if it does not take the messages or hides one."""
+        """render, but "" if the template does not take the messages or hides one."""
         try:
-            text = self.fill(messages)
-        except Exception:  # as in render
+            text = self.render(messages)
+        except UserError:
             return ""
         return text if all(f"{m['role']}-probe" in text for m in messages) else ""
 
@@ -183,22 +183,18 @@ class Tokenizer:
             system, user, *rest = messages
             user = user | {"content": f"{system['content']}\n\n{user['content']}"}
             messages = [user, *rest]
+        if self.content_as_parts:
+            messages = [as_parts(m) for m in messages]
+        text = ""
         try:
-            text = self.fill(messages)
+            for piece in self.template.generate(messages=messages, add_generation_prompt=True,
+                                                tools=None, documents=None, **self.names):
+                text += piece
+                if len(text) > LONGEST:
+                    raise ValueError(f"it writes more than {LONGEST:,} characters")
         except Exception as e:  # a template is a program: it may fail in any way
             raise UserError(f"the chat template failed: {e!r}") from None
         return text.rstrip().removesuffix(OPEN) if self.opens_thinking else text
-
-    def fill(self, messages: list[dict]) -> str:
-        """The template's own output."""
-        messages = [as_parts(m) for m in messages] if self.content_as_parts else messages
-        text = ""
-        for piece in self.template.generate(messages=messages, add_generation_prompt=True,
-                                            tools=None, documents=None, **self.names):
-            text += piece
-            if len(text) > LONGEST:
-                raise ValueError(f"it writes more than {LONGEST:,} characters")
-        return text
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids, control tokens too (some tokenizers have the think markers among them)."""
