@@ -190,21 +190,19 @@ def open_run(cfg: RunFlags, inputs: list[str], place: tuple[torch.dtype, str]) -
     A folder of another configuration or other code is never written to: the error says what
     differs. Files that are no input ("") are skipped.
     """
-    inputs = [str(p) for p in inputs if p]
+    inputs = [p for p in inputs if p]
     for p in inputs:
         if not Path(p).exists():
             raise UserError(f"{p}: no such file or folder")
-    run, script = Path(cfg.out), script_of(cfg)
+    run, file, script = Path(cfg.out), Path(cfg.out, "manifest.json"), script_of(cfg)
     git = subprocess.run("git rev-parse HEAD", shell=True, cwd=ROOT, capture_output=True, text=True,
                          check=False)  # in a shell: no error where there is no git
-    packages = ("torch", "safetensors", "tokenizers", "numpy")
     manifest = {
-        "script": script, "config": asdict(cfg), "device": place[1],
-        "dtype": str(place[0]), "inputs": {p: sha256(p) for p in inputs},
-        "git": git.stdout.strip(), "python": platform.python_version(),
-        "versions": {p: version(p) for p in packages}, "code": code_of(script),
+        "script": script, "config": asdict(cfg), "device": place[1], "dtype": str(place[0]),
+        "inputs": {p: sha256(p) for p in inputs}, "git": git.stdout.strip(),
+        "python": platform.python_version(), "code": code_of(script),
+        "versions": {p: version(p) for p in ("torch", "safetensors", "tokenizers", "numpy")},
     }
-    file = run / "manifest.json"
     if old := read_json(file):
         manifest = same_run(cfg, old, manifest)
     if not (run / "done").exists():
@@ -263,8 +261,7 @@ def finish(run: Path, **values) -> None:
 
 def is_done(run: Path) -> bool:
     """Whether a run of this folder came to its end (says so)."""
-    done = (run / "done").exists()
-    if done:
+    if done := (run / "done").exists():
         print(f"{run} is complete already; delete it to run again")
     return done
 
