@@ -200,8 +200,9 @@ def open_run(cfg: RunFlags, inputs: list[str], place: tuple[torch.dtype, str]) -
     manifest = {
         "script": script, "config": asdict(cfg), "device": place[1], "dtype": str(place[0]),
         "inputs": {p: sha256(p) for p in inputs}, "git": git.stdout.strip(),
-        "python": platform.python_version(), "code": code_of(script),
+        "python": platform.python_version(),
         "versions": {p: version(p) for p in ("torch", "safetensors", "tokenizers", "numpy")},
+        "code": code_of(script),
     }
     if old := read_json(file):
         manifest = same_run(cfg, old, manifest)
