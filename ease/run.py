@@ -118,9 +118,8 @@ def command_line(main: Callable, cls: type) -> None:
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that knows no emoji
-    cfg = parse_config(cls)
     try:
-        return main(cfg)
+        return main(parse_config(cls))
     except (UserError, OSError, SafetensorError) as e:  # the last two: a full disk
         message = str(e)
     except torch.cuda.OutOfMemoryError:
@@ -132,7 +131,6 @@ def command_line(main: Callable, cls: type) -> None:
     sys.exit(2)
 
 
-# ------------------------------------------------------------------------------------- the folder
 def sha256(path: str | Path) -> str:
     """Hash of a file; of a model or adapter folder: of all that decides what it says (weights,
     JSON, chat template).
@@ -188,7 +186,7 @@ def open_run(cfg: RunFlags, inputs: list[str], place: tuple[torch.dtype, str]) -
     """Make the run folder cfg.out and write manifest.json first; or go on with a stopped run.
 
     A folder of another configuration or other code is never written to: the error says what
-    differs. Files that are no input ("") are skipped.
+    differs. An input "" is none.
     """
     inputs = [p for p in inputs if p]
     for p in inputs:
@@ -250,11 +248,10 @@ def finish(run: Path, **values) -> None:
     """Write `done` last, with the seconds of all stretches, the peak memory of the last and the
     tokens trained on, and say where the results are.
     """
-    metrics = run / "metrics.jsonl"
-    lines = [row for _, row in read_lines(metrics)] if metrics.exists() else []
-    clock = read_json(run / "clock.json")
+    metrics, clock = run / "metrics.jsonl", read_json(run / "clock.json")
+    lines = read_lines(metrics) if metrics.exists() else []
     seconds, peak = clock["spent"] + time.time() - clock["started"], round(peak_memory() / 2**30, 2)
-    values |= {"supervised_tokens": sum(row.get("tokens", 0) for row in lines),
+    values |= {"supervised_tokens": sum(row.get("tokens", 0) for _, row in lines),
                "seconds": round(seconds, 1), "peak_gib": peak}
     write_text(run / "done", json.dumps(values) + "\n")
     print(f"done in {seconds:.0f} s, peak memory {peak:.2f} GiB; results in {run}")

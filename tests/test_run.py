@@ -146,11 +146,12 @@ def test_a_run_folder_belongs_to_one_configuration(tmp_path):
 def test_what_cannot_change_the_result_may_change(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("data").write_text("1")
+    Path("slots").mkdir()  # a folder that has a flag's name
     cfg = Config(out="r", prompts="data", names=["base=data", "x=data+data"])
     open_run(cfg, ["data"], FP32)
     whole = str(tmp_path / "data")
     same = replace(cfg, out=str(tmp_path / "r") + "/", slots=3, device="cpu", prompts="./data",
-                   names=[f"base={whole}", f"x={whole}+data"])
+                   names=[f"base={whole}", f"x={whole}+data"], dtype="float32")
     open_run(same, [whole], (torch.float32, "cuda"))
     with pytest.raises(UserError, match="another names"):
         open_run(replace(same, names=[f"base={whole}", f"y={whole}+data"]), [whole], FP32)
