@@ -23,6 +23,7 @@ import random
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 
 from ease.attacks import attack_record, check_attack
@@ -55,64 +56,50 @@ class Config:
     seed: int = 0  # of all draws
 
 
-def read(flag: str, path: str, wanted: str, fits: Callable[[Record], bool]) -> list[Record]:
-    """The records of a file that fit, each prompt once (says how many of all); none is an error."""
-    records = read_records(path)
+def draw(
+    cfg: Config, rng: random.Random, flag: str, wanted: str, fits: Callable, *sizes: str,
+) -> dict[str, list[Record]]:
+    """Disjoint random draws from the file of a flag: of the records that fit, each prompt once, as
+    many as each of the flags `sizes` says; "rest" takes all that is left. Says how many fit.
+    """
+    path, counts = getattr(cfg, flag), {name: getattr(cfg, name) for name in sizes}
+    records, total = read_records(path), sum(counts.values())
     kept = list({r.prompt: r for r in reversed(records) if fits(r)}.values())[::-1]
-    if not kept:
-        raise UserError(f"--{flag} {path}: {wanted} are needed; "
-                        f"none of its {len(records)} records is one")
+    if total > len(kept) or not kept:
+        flags = " + ".join(f"--{name} {n}" for name, n in counts.items())
+        raise UserError(f"--{flag} {path}: {flags} = {total} {wanted} are needed; "
+                        f"only {len(kept)} of its {len(records)} records fit")
     if len(kept) < len(records):
         print(f"--{flag} {path}: {len(kept)} of {len(records)} records taken "
               f"({wanted}, no text twice)")
-    return kept
-
-
-def draw(
-    cfg: Config, rng: random.Random, flag: str, sizes: tuple[str, ...],
-    wanted: str, fits: Callable[[Record], bool],
-) -> dict[str, list[Record]]:
-    """Disjoint random draws from the file of a flag, as many records as each of the flags `sizes`
-    says; "rest" takes all that is left.
-    """
-    records = read(flag, getattr(cfg, flag), wanted, fits)
-    counts = {name: getattr(cfg, name) for name in sizes}
-    if (total := sum(counts.values())) > len(records):
-        flags = " + ".join(f"--{name} {n}" for name, n in counts.items())
-        raise UserError(f"--{flag} {getattr(cfg, flag)}: {flags} = {total} records are wanted, "
-                        f"there are {len(records)}")
-    order, drawn = rng.sample(records, len(records)), {}
+    left, drawn = rng.sample(kept, len(kept)), {}
     for name, n in counts.items():
-        drawn[name], order = order[:n], order[n:]
-    return {**drawn, "rest": order}
+        drawn[name], left = left[:n], left[n:]
+    return drawn | {"rest": left}
 
 
 def build(cfg: Config) -> dict[str, list[Record]]:
     """{file stem: records}."""
     rng = random.Random(f"public {cfg.seed}")
-    star1 = draw(cfg, rng, "star1", ("phase1", "questions", "refusals"),
-                 "harmful questions with a trace", lambda r: r.harmful and bool(r.reasoning))
-    tasks = draw(cfg, rng, "seed_tasks", ("test_tasks",),
-                 "benign tasks with an answer", lambda r: not r.harmful and bool(r.response))
-    advbench = draw(cfg, rng, "advbench", ("test_harmful", "dev"),
-                    "harmful requests", lambda r: r.harmful)
-    safe = draw(cfg, rng, "xstest", ("test_safe", "dev"), "safe prompts", lambda r: not r.harmful)
-    if cfg.lookalikes > len(tasks["rest"]):
-        raise UserError(f"--lookalikes {cfg.lookalikes}: "
-                        f"only {len(tasks['rest'])} tasks are not in the test")
+    star1 = draw(cfg, rng, "star1", "harmful questions with a trace",
+                 lambda r: r.harmful and r.reasoning, "phase1", "questions", "refusals")
+    tasks = draw(cfg, rng, "seed_tasks", "benign tasks with an answer",
+                 lambda r: not r.harmful and r.response, "test_tasks", "lookalikes")
+    advbench = draw(cfg, rng, "advbench", "harmful requests", lambda r: r.harmful,
+                    "test_harmful", "dev")
+    safe = draw(cfg, rng, "xstest", "safe prompts", lambda r: not r.harmful, "test_safe", "dev")
     # no answers: train.py joins the traces, from --star1
     plain = [replace(r, reasoning="", response="") for r in star1["questions"]]
-    plain += tasks["rest"][: cfg.lookalikes]
 
     def one_attack_each(records: list[Record], attacks: list[str]) -> list[Record]:
-        return [attack_record(r, attacks[i % len(attacks)], cfg.seed)
-                for i, r in enumerate(records)]
+        return [attack_record(r, a, cfg.seed) for r, a in zip(records, cycle(attacks))]
 
     return {
         "phase1": star1["phase1"],
-        "diagnostic": [attack_record(r, a, cfg.seed) for r in plain for a in cfg.attacks],
+        "diagnostic": [attack_record(r, a, cfg.seed) for r in plain + tasks["lookalikes"]
+                       for a in cfg.attacks],
         "refusals": [replace(r, reasoning="", response=REFUSAL) for r in star1["refusals"]],
-        "general": tasks["rest"],
+        "general": tasks["lookalikes"] + tasks["rest"],
         "xstest": safe["test_safe"],
         "advbench": advbench["test_harmful"],
         "attacked": one_attack_each(advbench["test_harmful"], cfg.attacks),
@@ -127,8 +114,7 @@ def main(cfg: Config) -> None:
     """Write every set as a file of cfg.out, which appears under its name when it is complete."""
     for name in [*cfg.attacks, *cfg.held_out_attacks]:
         check_attack(name)
-    known, new = ({single for name in names for single in name.split("+")}
-                  for names in (cfg.attacks, cfg.held_out_attacks))
+    known, new = (set("+".join(names).split("+")) for names in (cfg.attacks, cfg.held_out_attacks))
     if known & new:
         raise UserError(f"--held_out_attacks: {', '.join(sorted(known & new))} "
                         "stands in --attacks too")

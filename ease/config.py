@@ -31,7 +31,7 @@ ROPE_TYPES = {  # and the fields each needs beside rope_theta
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What config.json says, checked. Traits come from this file, never from a model's name."""
+    """What config.json says, checked. Traits come from it, never from a model's name."""
 
     model_type: str
     vocab_size: int
@@ -125,8 +125,9 @@ def window_of(c: dict, where: str) -> int | None:
 
 
 def rope_settings(c: dict, longest: int, where: str) -> dict:
-    """The rotary settings, rope_scaling before rope_parameters (transformers 5) as transformers
-    does. `longest` is max_position_embeddings."""
+    """The rotary settings; rope_scaling goes before rope_parameters, as in transformers. longest:
+    max_position_embeddings.
+    """
     rope = c.get("rope_scaling") or c.get("rope_parameters") or {}
     if not isinstance(rope, dict) or any(isinstance(v, dict) for v in rope.values()):
         refuse(where, "rope_parameters", rope)
@@ -141,5 +142,5 @@ def rope_settings(c: dict, longest: int, where: str) -> dict:
     needed = ("rope_theta", *ROPE_TYPES[kind])
     for name in needed:
         if not positive(rope.get(name)):
-            raise UserError(f"{where}: rope_type {kind!r} needs field {name!r}, a positive number")
+            refuse(where, f"rope_type {kind!r} with {name}", rope.get(name))
     return {"rope_type": kind} | {name: rope[name] for name in needed}

@@ -2,27 +2,27 @@
 
 import argparse
 import ast
-import dataclasses
 import hashlib
 import inspect
 import json
+import math
 import os
 import platform
 import re
 import subprocess
 import sys
 import time
-import typing
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 import torch
 from safetensors import SafetensorError
 
 from ease.records import UserError, read_lines, write_text
+from ease.tokenizer_files import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -64,42 +64,44 @@ class TrainingFlags(RunFlags):
 
 # What cannot change a result may change when a run goes on.
 FREE = {"out", "slots", "batch_tokens", "save_every", "device", "other_code"}
-AT_MOST_1, ABOVE_0 = {"kl_weight", "top_p", "warmup"}, {"top_p", "kl_temperature"}
-AT_LEAST_1 = {"batch_size", "batch_tokens", "slots", "save_every", "max_new_tokens",
-              "probe_tokens", "attempts", "max_length"}
+# The least and the greatest value of a number; all others are from 0 on.
+RANGES = {"kl_weight": (0, 1), "warmup": (0, 1), "top_p": (1e-6, 1),
+          "kl_temperature": (1e-6, math.inf)} | dict.fromkeys(
+    ("batch_size", "batch_tokens", "slots", "save_every", "max_new_tokens", "probe_tokens",
+     "attempts", "max_length"), (1, math.inf))
 
 
-def parse_config(cls: type, argv: list[str] | None = None, description: str = ""):
-    """A dataclass -> flags of the same names -> an instance. Help is the comment behind a field
-    (and on lines after it that begin with "#   ").
+def parse_config(cls: type, argv: list[str] | None = None):
+    """A dataclass -> flags of the same names -> an instance. Help is the first line of the
+    dataclass's file and the comment behind a field (and after it, on lines with "#   ").
 
-    A str, int or float field takes a value (float | None: none unless given), a bool field true,
-    false or nothing (true), a list[str] field one or more, a Literal field one of its own. A field
-    without default is required; unknown flags and numbers out of range are errors.
+    A bool field takes true, false or nothing (true), a list[str] field one value or more, a Literal
+    field one of its own, float | None a float. A field without default is required; unknown flags
+    and numbers out of range are errors.
     """
+    description = sys.modules[cls.__module__].__doc__.strip().split("\n")[0]
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    classes = [c for c in reversed(cls.__mro__) if dataclasses.is_dataclass(c)]
-    source = "".join(map(inspect.getsource, classes))
+    source = "".join(inspect.getsource(c) for c in reversed(cls.__mro__) if is_dataclass(c))
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*(?:\n    #   .*)*)", source, re.MULTILINE))
-    for f in dataclasses.fields(cls):
-        required = f.default is dataclasses.MISSING
+    for f in fields(cls):
+        required = f.default is MISSING
         text = comments.get(f.name, "").replace("\n    #  ", "")
         text += "" if required else f" [{f.default}]"
-        options = {"help": text.replace("%", "%%"), "metavar": f.name.upper()}
         if f.type is bool:
-            options |= {"type": boolean, "nargs": "?", "const": True, "metavar": "true|false"}
-        elif typing.get_origin(f.type) is typing.Literal:
-            options = {"help": options["help"], "choices": typing.get_args(f.type)}
-        elif typing.get_origin(f.type) is list:
-            options["nargs"] = "+"
+            options = {"type": boolean, "nargs": "?", "const": True, "metavar": "true|false"}
+        elif get_origin(f.type) is Literal:
+            options = {"choices": get_args(f.type)}
+        elif get_origin(f.type) is list:
+            options = {"nargs": "+"}
         else:
-            options["type"] = float if f.type == float | None else f.type
-        default = None if required else f.default
-        parser.add_argument(f"--{f.name}", default=default, required=required, **options)
+            options = {"type": float if f.type == float | None else f.type}
+        parser.add_argument(f"--{f.name}", required=required, default=f.default,
+                            help=text.replace("%", "%%"), **options)
     values = vars(parser.parse_args(argv))
     for name, value in values.items():
-        if isinstance(value, int | float):
-            check_range(parser, name, value)
+        least, most = RANGES.get(name, (0, math.inf))
+        if isinstance(value, int | float) and not least <= value <= most:  # nor is nan
+            parser.error(f"argument --{name}: must be from {least} to {most}, is {value}")
     return cls(**values)
 
 
@@ -110,66 +112,36 @@ def boolean(text: str) -> bool:
     return text == "true"
 
 
-def check_range(parser: argparse.ArgumentParser, name: str, value: float) -> None:
-    """An error for a number that a flag cannot have."""
-    least = 1 if name in AT_LEAST_1 else 0
-    if not value >= least:  # nor is nan
-        parser.error(f"argument --{name}: {value} is below {least}")
-    if name in ABOVE_0 and not value or name in AT_MOST_1 and value > 1:
-        parser.error(f"argument --{name}: {value} is {'above 1' if value else 'not above 0'}")
-
-
 def command_line(main: Callable, cls: type) -> None:
     """Run main(config) for the flags given; a mistake that the user can mend is one line on stderr
     and exit status 2.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that knows no emoji
-    description = sys.modules[main.__module__].__doc__.strip().split("\n")[0]
-    cfg = parse_config(cls, description=description)
     try:
-        main(cfg)
-    except UserError as e:
-        sys.exit(fail(str(e)))
+        return main(parse_config(cls))
+    except (UserError, OSError, SafetensorError) as e:  # the last two: a full disk
+        message = str(e)
     except torch.cuda.OutOfMemoryError:
-        sys.exit(fail("the GPU is out of memory: the same command with a lower --batch_tokens "
-                      "(training) or --slots (generation) goes on"))
-    except SafetensorError as e:  # a full disk, while weights are written
-        sys.exit(fail(f"safetensors: {e}"))
-    except OSError as e:
-        sys.exit(fail(f"{e.filename}: {e.strerror}" if e.filename else str(e)))
+        message = ("the GPU is out of memory: the same command with a lower --batch_tokens "
+                   "(training) or --slots (generation) goes on")
     except KeyboardInterrupt:
-        sys.exit(fail("stopped; the same command goes on from the last checkpoint"))
-
-
-def fail(message: str) -> int:
-    """Print the one line; the exit status."""
+        message = "stopped; the same command goes on from the last checkpoint"
     print(f"error: {message}", file=sys.stderr)
-    return 2
+    sys.exit(2)
 
 
-# ------------------------------------------------------------------------------------- the folder
 def sha256(path: str | Path) -> str:
     """Hash of a file; of a model or adapter folder: of all that decides what it says (weights,
     JSON, chat template).
     """
     path, digest = Path(path), hashlib.sha256()
-    endings = ("json", "jinja", "safetensors")
-    inside = sorted(f for end in endings for f in path.glob(f"*.{end}"))
-    for file in [path] if path.is_file() else inside:
+    files = [path] if path.is_file() else sorted(
+        f for f in path.iterdir() if f.suffix in (".json", ".jinja", ".safetensors"))
+    for file in files:
         with open(file, "rb") as f:
             digest.update(hashlib.file_digest(f, "sha256").digest())
     return digest.hexdigest()
-
-
-def git_hash() -> str:
-    """The commit of the code that runs, "" where there is none (or no git)."""
-    try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
-                               cwd=ROOT, check=False)
-    except OSError:
-        return ""
-    return found.stdout.strip()
 
 
 def script_of(cfg: RunFlags) -> str:
@@ -181,15 +153,12 @@ def code_of(script: str) -> dict[str, str]:
     """{file: digest} of a script and the project's files that it imports: of the parsed code, so
     that comments, docstrings and layout are no change.
     """
-    digests, waiting = {}, [script]
-    while waiting:
-        name = waiting.pop()
-        if name in digests:
-            continue
+    digests, names = {}, [script]
+    for name in names:  # grows on the way
         tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and node.module.startswith("ease."):
-                waiting.append(node.module.replace(".", "/") + ".py")
+                names += {node.module.replace(".", "/") + ".py"}.difference(names)
             documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
             if documented and ast.get_docstring(node) is not None:
                 node.body = node.body[1:] or [ast.Pass()]
@@ -205,60 +174,55 @@ def changed_code(manifest: dict) -> list[str]:
 
 def canonical(value):
     """A flag's value with every path in it resolved, so that x, x/ and an absolute x are one."""
-    if isinstance(value, dict):
-        return {canonical(k): v for k, v in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [canonical(v) for v in value]
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str):
         return value
-    if os.path.exists(value):
-        return os.path.realpath(value)
-    pieces = re.split("([=+])", value)  # NAME=MODEL+ADAPTER
-    return value if len(pieces) == 1 else "".join(
-        p if p in ("=", "+") else canonical(p) for p in pieces)
+    pieces = [value] if os.path.exists(value) else re.split("([=+])", value)  # NAME=MODEL+ADAPTER
+    return "".join(os.path.realpath(p) if os.path.exists(p) else p for p in pieces)
 
 
 def open_run(cfg: RunFlags, inputs: list[str], place: tuple[torch.dtype, str]) -> Path:
     """Make the run folder cfg.out and write manifest.json first; or go on with a stopped run.
 
     A folder of another configuration or other code is never written to: the error says what
-    differs. Files that are no input ("") are skipped.
+    differs. An input "" is none.
     """
-    inputs = [str(p) for p in inputs if p]
+    inputs = [p for p in inputs if p]
     for p in inputs:
         if not Path(p).exists():
             raise UserError(f"{p}: no such file or folder")
-    run, script = Path(cfg.out), script_of(cfg)
-    packages = ("torch", "safetensors", "tokenizers", "numpy")
+    run, file, script = Path(cfg.out), Path(cfg.out, "manifest.json"), script_of(cfg)
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=ROOT, capture_output=True, text=True,
+                         check=False)  # in a shell: no error where there is no git
     manifest = {
-        "script": script, "config": dataclasses.asdict(cfg), "device": place[1],
-        "dtype": str(place[0]), "inputs": {p: sha256(p) for p in inputs}, "git": git_hash(),
-        "python": platform.python_version(), "versions": {p: version(p) for p in packages},
+        "script": script, "config": asdict(cfg), "device": place[1], "dtype": str(place[0]),
+        "inputs": {p: sha256(p) for p in inputs}, "git": git.stdout.strip(),
+        "python": platform.python_version(),
+        "versions": {p: version(p) for p in ("torch", "safetensors", "tokenizers", "numpy")},
         "code": code_of(script),
     }
-    manifest = json.loads(json.dumps(manifest))  # tuples -> lists, as the file has them
-    file = run / "manifest.json"
-    if file.exists():
-        manifest = same_run(cfg, run, json.loads(file.read_text(encoding="utf-8")), manifest)
+    if old := read_json(file):
+        manifest = same_run(cfg, old, manifest)
     if not (run / "done").exists():
         start_clock(run)  # before anything is written: it looks when that last happened
         write_text(file, json.dumps(manifest, indent=2) + "\n")
     return run
 
 
-def same_run(cfg: RunFlags, run: Path, old: dict, new: dict) -> dict:
+def same_run(cfg: RunFlags, old: dict, new: dict) -> dict:
     """The manifest to go on with; an error if the run in the folder is another one."""
-    for field in ("script", "config", "inputs", "dtype"):
-        before, now = ({field: m[field]} if isinstance(m[field], str) else canonical(m[field])
-                       for m in (old, new))
-        for name in now | before:
-            if name not in FREE and canonical(before.get(name)) != canonical(now.get(name)):
-                raise UserError(f"{run} holds a run with another {name} ({before.get(name)!r}, "
-                                f"now {now.get(name)!r}); choose another --out or delete it")
+    before, now = ({**{name: canonical(value) for name, value in m["config"].items()},
+                    **{canonical(path): digest for path, digest in m["inputs"].items()},
+                    "script": m["script"], "dtype": m["dtype"]} for m in (old, new))
+    for name in now | before:
+        if name not in FREE and before.get(name) != now.get(name):
+            raise UserError(f"{cfg.out} holds a run with another {name} ({before.get(name)!r}, now "
+                            f"{now.get(name)!r}); choose another --out or delete it")
     if changed := changed_code(old):
         if not cfg.other_code:
-            raise UserError(f"{run} was made by other code: {', '.join(changed)} changed; delete "
-                            f"{run} to run again, or go on all the same with --other_code")
+            raise UserError(f"{cfg.out} was made by other code: {', '.join(changed)} changed; "
+                            "delete it to run again, or go on all the same with --other_code")
         old["changed_code"] = sorted({*old.get("changed_code", []), *changed})
     return old
 
@@ -268,8 +232,7 @@ def start_clock(run: Path) -> None:
     stretch ended when it wrote its last file.
     """
     file, spent = run / "clock.json", 0.0
-    if file.exists():
-        clock = json.loads(file.read_text(encoding="utf-8"))
+    if clock := read_json(file):
         last = max(p.stat().st_mtime for p in run.rglob("*"))
         spent = clock["spent"] + max(0.0, last - clock["started"])
     write_text(file, json.dumps({"spent": spent, "started": time.time()}) + "\n")
@@ -285,30 +248,29 @@ def finish(run: Path, **values) -> None:
     """Write `done` last, with the seconds of all stretches, the peak memory of the last and the
     tokens trained on, and say where the results are.
     """
-    metrics = run / "metrics.jsonl"
-    lines = [row for _, row in read_lines(metrics)] if metrics.exists() else []
-    clock = json.loads((run / "clock.json").read_text(encoding="utf-8"))
-    seconds = clock["spent"] + time.time() - clock["started"]
-    values |= {"supervised_tokens": sum(row.get("tokens", 0) for row in lines),
-               "seconds": round(seconds, 1), "peak_gib": peak_memory_gib()}
+    metrics, clock = run / "metrics.jsonl", read_json(run / "clock.json")
+    lines = read_lines(metrics) if metrics.exists() else []
+    seconds, peak = clock["spent"] + time.time() - clock["started"], round(peak_memory() / 2**30, 2)
+    values |= {"supervised_tokens": sum(row.get("tokens", 0) for _, row in lines),
+               "seconds": round(seconds, 1), "peak_gib": peak}
     write_text(run / "done", json.dumps(values) + "\n")
-    print(f"done in {seconds:.0f} s, peak memory {values['peak_gib']:.2f} GiB; results in {run}")
+    print(f"done in {seconds:.0f} s, peak memory {peak:.2f} GiB; results in {run}")
 
 
 def is_done(run: Path) -> bool:
     """Whether a run of this folder came to its end (says so)."""
-    if (run / "done").exists():
+    if done := (run / "done").exists():
         print(f"{run} is complete already; delete it to run again")
-    return (run / "done").exists()
+    return done
 
 
-def peak_memory_gib() -> float:
-    """Peak memory: of the process on the CPU, of the allocator on a GPU."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return round(torch.cuda.max_memory_allocated() / 2**30, 2)
+def peak_memory() -> float:
+    """Bytes: of the allocator on a GPU, else of the process."""
+    if peak := torch.cuda.max_memory_allocated():  # 0 without a GPU
+        return peak
     try:
-        import resource  # not on Windows
-    except ImportError:
-        return float("nan")
+        import resource
+    except ImportError:  # Windows
+        return math.nan
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kibibytes elsewhere
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 2)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -10,10 +10,11 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
 
-from ease.tokenizer_files import FILES, add_tokens, chat_template, special_tokens, stated_stop_ids
 from ease.method import THINK_CLOSE, THINK_OPEN
-from ease.records import UserError, read_text
+from ease.records import UserError, check_text, read_text
+from ease.tokenizer_files import FILES, add_tokens, chat_template, special_tokens, stated_stop_ids
 
+OPEN, CLOSE = THINK_OPEN.strip(), THINK_CLOSE.strip()
 LONGEST = 10_000_000  # characters; a template that writes more does not come to an end
 
 
@@ -32,8 +33,8 @@ def compile_template(source: str):
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = datetime(2024, 7, 26).strftime
+    environment.globals |= {"raise_exception": raise_exception,
+                            "strftime_now": datetime(2024, 7, 26).strftime}
     # {% generation %} marks the assistant's text. Here it is a mere block with its own scope.
     source = re.sub(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})", r"\1\2with\3", source)
     try:
@@ -54,26 +55,24 @@ def without_prefix(step: dict | None) -> dict | None:
 
 
 class Tokenizer:
-    """Text <-> ids.
-
-    Prompt and response are encoded apart and the response in pieces, because byte-pair merges cross
-    seams. Control tokens come from the template alone: text can never forge one.
+    """Text <-> ids. Prompt and response are encoded apart and the response in pieces, because
+    byte-pair merges cross seams. Control tokens come from the template alone: text forges none.
     """
 
     def __init__(self, fast: FastTokenizer, template: str, settings: dict, stop_ids, files: dict):
-        """settings: {"eos_token": ..., ...} as in tokenizer_config.json; stop_ids: the ids that the
-        model's files state as ends of a response; files: {name: text} to save beside a model.
+        """settings: as in tokenizer_config.json; stop_ids: ends of a response by the model's files;
+        files: {name: text} to save beside a model.
         """
         fast.no_truncation()
         fast.no_padding()
         self.fast, self.files, self.template = fast, files, compile_template(template)
         self.names = {k: t.content for k, t in special_tokens(settings, Path()) if k}
         self.try_template()
-        # Control tokens: special ones, ends of a response, and what the template writes besides
-        # (R1's "<|User|>"). Think markers are the model's to write.
-        markers, written = {THINK_OPEN.strip(), THINK_CLOSE.strip()}, template + self.conversation
+        # Special ones, ends of a response, and what the template writes besides (R1's "<|User|>").
+        # Think markers are the model's to write.
+        written = template + self.conversation
         self.control = {t.content: i for i, t in fast.get_added_tokens_decoder().items()
-                        if t.content not in markers
+                        if t.content not in (OPEN, CLOSE)
                         and (t.special or i in stop_ids or t.content in self.names.values()
                              or len(t.content.strip()) > 1 and t.content in written)}
         spec = json.loads(fast.to_str())
@@ -85,22 +84,22 @@ class Tokenizer:
         self.stop_ids = frozenset({*stop_ids, self.end_id})
 
     def try_template(self) -> None:
-        """Find by trying what the template wants: content as a string or as a list of parts;
-        whether it takes a system turn; whether the prompt ends in an open think marker (R1).
+        """Find by trying whether the template wants content as a list of parts, takes a system
+        turn, and ends a prompt in an open think marker (R1).
         """
         system, user, assistant = ({"role": role, "content": f"{role}-probe"}
                                    for role in ("system", "user", "assistant"))
-        self.content_as_parts = False
+        self.content_as_parts, self.takes_system, self.opens_thinking = False, True, False
         self.content_as_parts = not self.tried([user]) and bool(self.tried([as_parts(user)]))
         self.takes_system = bool(self.tried([system, user]))
-        self.opens_thinking = self.tried([user]).rstrip().endswith(THINK_OPEN.strip())
         self.conversation = self.tried([system] * self.takes_system + [user, assistant, user])
+        self.opens_thinking = self.tried([user]).rstrip().endswith(OPEN)
 
     def tried(self, messages: list[dict]) -> str:
-        """The template's own output, "" if it does not take the messages or hides one."""
+        """render, but "" if the template does not take the messages or hides one."""
         try:
-            text = self.fill(messages)
-        except Exception:  # as in render
+            text = self.render(messages)
+        except UserError:
             return ""
         return text if all(f"{m['role']}-probe" in text for m in messages) else ""
 
@@ -114,14 +113,13 @@ class Tokenizer:
         eos = self.names.get("eos_token")
         end = self.fast.token_to_id(eos) if eos else next(iter(stop_ids), None)
         if end not in self.fast.get_vocab().values():
-            raise UserError(f"'eos_token' {eos!r} (tokenizer_config.json) is no token" if eos else
-                            "no 'eos_token' (tokenizer_config.json), and no 'eos_token_id' that is"
-                            " the id of a token (generation_config.json)")
+            given = f"'eos_token' {eos!r}" if eos else f"no 'eos_token', and 'eos_token_id' {end}"
+            raise UserError(f"{given} is no token (tokenizer_config.json, generation_config.json)")
         return self.turn_end() if self.turn_end() in stop_ids else end
 
     @classmethod
     def from_dir(cls, path: str | Path) -> "Tokenizer":
-        """Read a model folder's tokenizer, chat template and ids that end a response."""
+        """The tokenizer of a model folder."""
         path = Path(path)
         files = {name: read_text(path / name) for name in FILES
                  if name == "tokenizer.json" or (path / name).exists()}
@@ -136,8 +134,8 @@ class Tokenizer:
         except UserError as e:
             raise UserError(f"{path}: {e}") from None
         if (end := self.turn_end()) not in (None, *(stop_ids or [self.end_id])):
-            print(f"{path}: {fast.id_to_token(end)!r} (id {end}), which ends a turn in the chat "
-                  f"template, is no 'eos_token_id'; responses end at {sorted(self.stop_ids)}")
+            print(f"{path}: {fast.id_to_token(end)!r} (id {end}) ends a turn in the chat template "
+                  f"but is no 'eos_token_id'; responses end at {sorted(self.stop_ids)}")
         return self
 
     def encode(self, text: str, control: bool = False) -> list[int]:
@@ -156,24 +154,21 @@ class Tokenizer:
         rendered. The result is cut at these and each is encoded as the text it stands for (what
         follows as the middle of a text: there Llama-2 has no space behind control tokens).
         """
-        contents = "".join(m["content"] for m in messages)
-        if any("\ud800" <= c <= "\udfff" for c in contents):
-            raise UserError("a prompt has half of a surrogate pair: no valid Unicode")
+        contents = check_text("".join(m["content"] for m in messages), "content", "a prompt")
+        text = self.render(messages)
+        unused = (c for c in map(chr, range(0xE000, 0xF900)) if c not in contents + text)
         forged = sorted((t for t in self.control if t in contents), key=len, reverse=True)
-        taken = set(contents + self.render(messages)) if forged else ()
-        unused = (c for c in map(chr, range(0xE000, 0xF900)) if c not in taken)
-        placeholder = dict(zip(forged, unused))
-        if len(placeholder) < len(forged):
+        restore = dict(zip(unused, forged))
+        if len(restore) < len(forged):
             raise UserError("a prompt has control tokens in it and no private-use character "
                             "(U+E000 to U+F8FF) is left to stand for them")
-        for token in forged:
-            messages = [m | {"content": m["content"].replace(token, placeholder[token])}
-                        for m in messages]
-        restore = {c: token for token, c in placeholder.items()}
-        text = self.render(messages)
-        first, *later = re.split(f"([{''.join(restore)}])", text) if restore else [text]
-        ids = self.fast.encode(first, add_special_tokens=False).ids
-        for piece in later:
+        for c, token in restore.items():
+            messages = [m | {"content": m["content"].replace(token, c)} for m in messages]
+        pieces = [text]
+        if restore:
+            pieces = re.split(f"([{''.join(restore)}])", self.render(messages))
+        ids = self.fast.encode(pieces[0], add_special_tokens=False).ids
+        for piece in pieces[1:]:
             ids += self.encode(restore.get(piece, piece), control=piece not in restore)
         return ids
 
@@ -186,24 +181,20 @@ class Tokenizer:
         """
         if messages[0]["role"] == "system" and not self.takes_system:
             system, user, *rest = messages
-            text = f"{system['content']}\n\n{user['content']}"
-            messages = [user | {"content": text}, *rest]
+            user = user | {"content": f"{system['content']}\n\n{user['content']}"}
+            messages = [user, *rest]
+        if self.content_as_parts:
+            messages = [as_parts(m) for m in messages]
+        text = ""
         try:
-            text = self.fill(messages)
+            for piece in self.template.generate(messages=messages, add_generation_prompt=True,
+                                                tools=None, documents=None, **self.names):
+                text += piece
+                if len(text) > LONGEST:
+                    raise ValueError(f"it writes more than {LONGEST:,} characters")
         except Exception as e:  # a template is a program: it may fail in any way
             raise UserError(f"the chat template failed: {e!r}") from None
-        return text.rstrip().removesuffix(THINK_OPEN.strip()) if self.opens_thinking else text
-
-    def fill(self, messages: list[dict]) -> str:
-        """The template's own output."""
-        messages = [as_parts(m) for m in messages] if self.content_as_parts else messages
-        text = ""
-        for piece in self.template.generate(messages=messages, add_generation_prompt=True,
-                                            tools=None, documents=None, **self.names):
-            text += piece
-            if len(text) > LONGEST:
-                raise ValueError(f"it writes more than {LONGEST:,} characters")
-        return text
+        return text.rstrip().removesuffix(OPEN) if self.opens_thinking else text
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids, control tokens too (some tokenizers have the think markers among them)."""
@@ -217,5 +208,4 @@ def as_parts(message: dict) -> dict:
 
 def shared_vocabulary(a: Tokenizer, b: Tokenizer) -> list[int]:
     """The ids that mean the same token in both: over them two models can be compared."""
-    of_a, of_b = ({i: t for t, i in x.fast.get_vocab().items()} for x in (a, b))
-    return sorted(i for i in of_a if of_b.get(i) == of_a[i])
+    return sorted({i for _, i in a.fast.get_vocab().items() & b.fast.get_vocab().items()})

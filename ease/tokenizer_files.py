@@ -6,7 +6,7 @@ from pathlib import Path
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
-from ease.records import UserError, read_text
+from ease.records import UserError, parse_json, read_text
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
          "added_tokens.json", "chat_template.jinja", "generation_config.json")
@@ -14,16 +14,10 @@ NAMES = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", 
 
 
 def read_json(path: Path, **types) -> dict:
-    """The object in a JSON file of a model folder, {} if the file is not there.
-
-    types: {field: type} for fields that may be missing or null, but of no other type.
+    """The object in a JSON file, {} if there is no such file. types: {field: type} for fields that
+    may be missing or null, but of no other type.
     """
-    if not path.exists():
-        return {}
-    try:
-        found = json.loads(read_text(path))
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path}: not JSON ({e})") from None
+    found = parse_json(read_text(path), path) if path.exists() else {}
     if not isinstance(found, dict):
         raise UserError(f"{path}: must be a JSON object, is a {type(found).__name__}")
     for field, allowed in types.items():
@@ -114,7 +108,7 @@ def add_tokens(fast: FastTokenizer, path: Path) -> dict:
 def stated_stop_ids(path: Path) -> list[int]:
     """The ids that end a response: generation_config.json's, where it has none config.json's."""
     for file in (path / "generation_config.json", path / "config.json"):
-        found = read_json(file, eos_token_id=int | list).get("eos_token_id")
+        found = read_json(file).get("eos_token_id")
         ids = found if isinstance(found, list) else [] if found is None else [found]
         if not all(type(i) is int and i >= 0 for i in ids):
             raise UserError(f"{file}: 'eos_token_id' cannot be {found}")

@@ -137,7 +137,7 @@ def test_a_config_that_is_no_object(tmp_path):
     tiny_folder(tmp_path)
     for text in ("[]", "[1]", "3", "null", "{", "", "[" * 100_000):
         (tmp_path / "config.json").write_text(text)
-        one_line("config.json: ", load_model, str(tmp_path))
+        one_line("config.json:", load_model, str(tmp_path))
 
 
 @pytest.mark.parametrize("content, message", [

@@ -124,9 +124,9 @@ def test_sets_are_disjoint_and_complete(files, tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"questions": 20}, "star1.json: --phase1 8 .* = 35 records are wanted.*there are 30"),
-        ({"test_safe": 6}, "there are 7"),
-        ({"lookalikes": 8}, "only 7 tasks are not in the test"),
+        ({"questions": 20}, "star1.json: --phase1 8 .* = 35 harmful .* needed; only 30 of its 30"),
+        ({"test_safe": 6}, "--test_safe 6 .* only 7 of its 14 records fit"),
+        ({"lookalikes": 8}, "--lookalikes 8 = 13 benign tasks .*only 12"),
         ({"attacks": ["nope"]}, "unknown attack 'nope'"),
         ({"held_out_attacks": ["role_play", "rot13"]}, "role_play stands in --attacks too"),
     ],
@@ -148,7 +148,7 @@ def test_nothing_is_overwritten(files, tmp_path):
     ("advbench", "goal,target\n", "no rows .there is only a header"),
     ("seed_tasks", "", "no rows .the file is empty"),
     ("advbench", "name,age\nx,3\n", "unknown columns name, age"),
-    ("xstest", "id,prompt,type,label\n1,a,t,unsafe\n", "--xstest .*safe prompts are needed; none"),
+    ("xstest", "id,prompt,type,label\n1,a,t,unsafe\n", "--xstest .*safe prompts are needed; only"),
 ])
 def test_files_that_are_no_use(files, tmp_path, flag, content, message):
     """Missing, empty or of another kind: one line, nothing written."""
@@ -170,7 +170,7 @@ def test_flags_mixed_up(files, tmp_path):
         ("star1", "advbench"),
     ):
         given = SimpleNamespace(**{**vars(files), flag: vars(files)[other]})
-        with pytest.raises(UserError, match=f"--{flag} .*are needed; none of its"):
+        with pytest.raises(UserError, match=f"--{flag} .*are needed; only 0 of its"):
             public.main(config(given, tmp_path / "sets"))
 
 
