@@ -28,15 +28,16 @@ from ease.contest import Candidate, choose_teacher, teacher_report
 from ease.generate import Sampling
 from ease.judge import judge_model, load_judge
 from ease.loading import (Place, load_model, load_tokenizer, load_trainable, pick_place, resolve,
-                          save_model, save_weights)
-from ease.lora import merge_lora
+                          save_trained)
 from ease.losses import cross_entropy, in_chunks
 from ease.method import filler
 from ease.model import CausalLM
 from ease.optim import learning_rate, make_optimizer, optimizer_step
 from ease.policies import load_policy
+from ease.ranks import RANK, my_share, sum_over_ranks, wait_for
 from ease.readers import read_named
-from ease.records import Record, UserError, read_lines, write_jsonl, write_text
+from ease.records import (Record, UserError, read_jsonl, read_lines, write_jsonl,
+                          write_text)
 from ease.respond import respond
 from ease.run import TrainingFlags, command_line, finish, is_done, log, open_run
 from ease.teacher import Teacher, load_teacher
@@ -181,14 +182,16 @@ def fit(cfg: Config, run: Path, traces: list[Record], held_out: list[Record], pl
     steps = count_steps(len(examples), cfg.batch_size, cfg.steps, cfg.epochs)
     plan = plan_batches(lengths, cfg.batch_size, cfg.batch_tokens, cfg.seed, steps)
     before = mean_nll(model, kept_out, place.device) if kept_out else None
+    trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(model, cfg.weight_decay)
     start = resume(run, model, optimizer)
-    bar = tqdm(range(start, steps), desc="phase 1", initial=start, total=steps)
+    bar = tqdm(range(start, steps), desc="phase 1", initial=start, total=steps,
+               disable=RANK > 0)
     for step in bar:
         rows = [examples[i] for micro in plan[step] for i in micro]
         n_ce, n_kl = sum(e.supervised for e in rows), max(1, sum(sum(e.kl) for e in rows))
-        ce_sum = kl_sum = 0.0
-        for micro in plan[step]:
+        sums = torch.zeros(2, device=place.device)
+        for micro in my_share(plan[step]):
             batch = collate([examples[i] for i in micro], place.device)
             keep = batch.roles > 0  # (T,): no prompt
             hidden = model.hidden(batch.inputs, batch.lengths)  # (T, D)
@@ -198,7 +201,9 @@ def fit(cfg: Config, run: Path, traces: list[Record], held_out: list[Record], pl
             kl = teacher.kl(model, hidden[batch.kl > 0], micro) if w else ce.new_zeros(0)  # (M,)
             # sums, each divided once by its count in the step: every token weighs alike
             ((1 - w) * ce.sum() / n_ce + w * kl.sum() / n_kl).backward()
-            ce_sum, kl_sum = ce_sum + ce.sum().item(), kl_sum + kl.sum().item()
+            sums += torch.stack((ce.sum(), kl.sum())).detach()
+        sum_over_ranks(trained, sums)
+        ce_sum, kl_sum = sums.tolist()
         lr = learning_rate(step, steps, cfg.lr, cfg.warmup)
         norm = optimizer_step(optimizer, lr, cfg.clip, ce_sum + kl_sum,
                               f"step {step}, rows {', '.join(e.id for e in rows[:8])}")
@@ -206,14 +211,10 @@ def fit(cfg: Config, run: Path, traces: list[Record], held_out: list[Record], pl
         bar.set_postfix(ce=f"{ce_sum / n_ce:.3f}", kl=f"{kl_sum / n_kl:.3f}")
         if (step + 1) % cfg.save_every == 0 or step + 1 == steps:
             save_checkpoint(run, step + 1, model, optimizer, tokenizer, base)
-    save_weights(model, tokenizer, base, run / ("adapter" if cfg.lora_rank else "model"))
     if kept_out:
-        after = mean_nll(model, kept_out, place.device)
-        print(f"NLL per token on {len(kept_out)} held-out traces: {before:.4f} before, "
-              f"{after:.4f} after")
-        log(run, step=steps, held_out_nll_before=before, held_out_nll_after=after)
-    if cfg.merged and cfg.lora_rank:
-        save_model(merge_lora(model), tokenizer, run / "model")
+        log(run, step=steps, held_out_nll_before=before,
+            held_out_nll_after=mean_nll(model, kept_out, place.device))
+    save_trained(cfg, model, tokenizer, base, run)
     return {"steps": steps, "rows": len(examples)}
 
 
@@ -271,6 +272,9 @@ def select_teacher(cfg: Config, run: Path, place: Place) -> str:
 
 
 def main(cfg: Config) -> None:
+    if RANK > 0:  # rank 0 does all before `fit`, and what is held out
+        traces = wait_for(Path(cfg.out) / "to_train_on.jsonl")
+        return fit(cfg, Path(cfg.out), read_jsonl(traces), [], pick_place(cfg))
     check_flags(cfg)
     models = [str(resolve(name)) for name in (cfg.model, cfg.teacher, *cfg.teachers) if name]
     files = [cfg.prompts, cfg.traces, cfg.policies, cfg.dev]
@@ -289,7 +293,13 @@ def main(cfg: Config) -> None:
     if cfg.filler:
         traces = list(map(filler, traces))
     trained_on, held_out = hold_out(cfg, traces)
-    finish(run, **fit(cfg, run, trained_on, held_out, place))
+    write_jsonl(run / "to_train_on.jsonl", trained_on)
+    counts = fit(cfg, run, trained_on, held_out, place)
+    if held_out:
+        *_, (_, last) = read_lines(run / "metrics.jsonl")
+        print("NLL per token on held-out traces: {held_out_nll_before:.4f} before, "
+              "{held_out_nll_after:.4f} after".format(**last))
+    finish(run, **counts)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from ease.generate import Sampling
 from ease.judge import judge_model, load_judge
 from ease.loading import Place, load_model, load_tokenizer, pick_place, resolve
 from ease.lora import merge_lora
+from ease.ranks import RANKS
 from ease.readers import read_named
 from ease.records import (Record, Response, UserError, read_jsonl, read_responses,
                           response_to_dict, write_jsonl, write_text)
@@ -115,8 +116,11 @@ def answers(cfg: Config, file: Path, system: System, records: list[Record], plac
         sampling = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.seed)
         model, tokenizer = load_system(system, place)
         label = file.stem.removeprefix("rows-")
-        responses = respond(model, tokenizer, records, sampling, cfg.slots, label, threshold)
+        kept = file.with_suffix(".kept")
+        responses = respond(model, tokenizer, records, sampling, cfg.slots, label, threshold,
+                            kept=kept)
         write_jsonl(file, map(response_to_dict, responses))
+        kept.unlink()
     return read_responses(file)
 
 
@@ -243,6 +247,8 @@ def ask(cfg: Config, systems: dict[str, System], place: Place) -> None:
 
 
 def main(cfg: Config) -> None:
+    if RANKS > 1:
+        raise UserError("evaluate.py runs in one process, without torchrun")
     systems, place = parse_systems(cfg.systems), pick_place(cfg)
     if cfg.ask:
         ask(cfg, systems, place)

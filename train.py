@@ -28,15 +28,15 @@ from ease.checkpoint import resume, save_checkpoint
 from ease.generate import Sampling
 from ease.judge import judge_model, load_judge
 from ease.loading import (Place, base_and_adapter, load_model, load_tokenizer, load_trainable,
-                          pick_place, resolve, save_model, save_weights)
-from ease.lora import merge_lora
+                          pick_place, resolve, save_trained)
 from ease.losses import gated_cross_entropy, in_chunks
 from ease.method import ANSWER, GATE, REASONING, filler, mix, select_region
 from ease.optim import learning_rate, make_optimizer, optimizer_step
 from ease.policies import load_policy
+from ease.ranks import RANK, my_share, sum_over_ranks, wait_for
 from ease.readers import read_named, read_records
 from ease.records import (SAFE, Record, Response, UserError, read_responses, response_to_dict,
-                          write_jsonl, write_text)
+                          read_jsonl, write_jsonl, write_text)
 from ease.respond import respond
 from ease.run import TrainingFlags, command_line, finish, is_done, log, open_run
 from ease.scoring import is_refusal
@@ -70,6 +70,9 @@ class Config(TrainingFlags, TraceFlags):
     harmful_direct: int = 0  # harmful rows of D_direct, drawn by the seed (0 = all)
     benign_direct: int = 0  # benign rows of D_direct (0 = all)
     gate_weight: float = 1.0  # weight of the tokens that decide whether to reason; 1 = the paper
+
+
+ROLES = {"gate": GATE, "reasoning": REASONING, "answer": ANSWER}
 
 
 class Sets(NamedTuple):
@@ -151,10 +154,13 @@ def probe(cfg: Config, run: Path, diagnostic: list[Record], place: Place) -> lis
         for i, file in enumerate(files):
             sampling = Sampling(cfg.probe_tokens, cfg.temperature if i else 0.0, cfg.top_p,
                                 cfg.seed + i)
-            responses = respond(model, tokenizer, diagnostic, sampling, cfg.slots, file.stem)
+            kept = file.with_suffix(".kept")
+            responses = respond(model, tokenizer, diagnostic, sampling, cfg.slots, file.stem,
+                                kept=kept)
             for response, verdict in zip(responses, judge(responses), strict=True):
                 response.verdicts[cfg.judge] = verdict
             write_jsonl(file, map(response_to_dict, responses))
+            kept.unlink()
     return [read_responses(file) for file in files]
 
 
@@ -232,15 +238,16 @@ def fit(cfg: Config, run: Path, mixture: list[Record], place: Place) -> None:
                         steps)
     weight = {GATE: cfg.gate_weight, REASONING: 1.0, ANSWER: 1.0}
     weight_of = torch.tensor([weight.get(role, 0.0) for role in range(4)], device=place.device)
+    trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(model, cfg.weight_decay)
     start = resume(run, model, optimizer)
-    bar = tqdm(range(start, steps), desc=cfg.method, initial=start, total=steps)
+    bar = tqdm(range(start, steps), desc=cfg.method, initial=start, total=steps, disable=RANK > 0)
     for step in bar:
         rows = [examples[i] for micro in plan[step] for i in micro]
         count = Counter(role for e in rows for role in e.roles if role)
         total_weight = sum(weight[role] * n for role, n in count.items())
-        sums = Counter()
-        for micro in plan[step]:
+        sums = torch.zeros(4, device=place.device)  # of the losses, by role
+        for micro in my_share(plan[step]):
             batch = collate([examples[i] for i in micro], place.device)
             keep = batch.roles > 0  # (T,): no prompt
             roles, targets = batch.roles[keep], batch.targets[keep]  # (N,)
@@ -248,21 +255,18 @@ def fit(cfg: Config, run: Path, mixture: list[Record], place: Place) -> None:
             losses = in_chunks(lambda h, y, w: gated_cross_entropy(model.logits(h), y, w),
                                hidden, targets, weight_of[roles])  # (N,)
             (losses.sum() / total_weight).backward()  # divided once, by the weight of the step
-            for role in weight:
-                sums[role] += losses[roles == role].sum().item()
-        loss, lr = sums.total() / total_weight, learning_rate(step, steps, cfg.lr, cfg.warmup)
+            sums.index_add_(0, roles, losses.detach())
+        sum_over_ranks(trained, sums)
+        loss, lr = sums.sum().item() / total_weight, learning_rate(step, steps, cfg.lr, cfg.warmup)
         where = f"step {step}, rows {', '.join(e.id for e in rows[:8])}"
         norm = optimizer_step(optimizer, lr, cfg.clip, loss, where)
-        of_role = {name: sums[role] / (weight[role] * count[role]) if weight[role] * count[role]
-                   else None for name, role in (("gate", GATE), ("reasoning", REASONING),
-                                                ("answer", ANSWER))}
+        of_role = {name: sums[role].item() / (weight[role] * count[role])
+                   if weight[role] * count[role] else None for name, role in ROLES.items()}
         log(run, step=step, loss=loss, **of_role, lr=lr, grad_norm=norm, tokens=count.total())
         bar.set_postfix(loss=f"{loss:.3f}", gate=f"{of_role['gate'] or 0:.3f}")
         if (step + 1) % cfg.save_every == 0 or step + 1 == steps:
             save_checkpoint(run, step + 1, model, optimizer, tokenizer, base)
-    save_weights(model, tokenizer, base, run / ("adapter" if cfg.lora_rank else "model"))
-    if cfg.merged and cfg.lora_rank:
-        save_model(merge_lora(model), tokenizer, run / "model")
+    save_trained(cfg, model, tokenizer, base, run)
     if base != cfg.model:
         print(f"this adapter belongs to {base}, not to --model")
     finish(run, steps=steps, rows=len(examples))
@@ -278,6 +282,9 @@ def note_data(run: Path, tokenizer, mixture: list[Record], examples: list) -> No
 
 
 def main(cfg: Config) -> None:
+    if RANK > 0:  # rank 0 does all before `fit`
+        mixture = wait_for(Path(cfg.out) / "mixture.jsonl")
+        return fit(cfg, Path(cfg.out), read_jsonl(mixture), pick_place(cfg))
     sets = read_sets(cfg)
     check_flags(cfg, sets)
     base, adapter = base_and_adapter(cfg.model, cfg.init)
@@ -310,6 +317,7 @@ def main(cfg: Config) -> None:
     mixture = mix(parts, counts, cfg.seed)
     kinds = Counter((r.kind, "with a trace" if r.reasoning else "direct") for r in mixture)
     print("mixture: " + ", ".join(f"{n} {kind} {how}" for (kind, how), n in sorted(kinds.items())))
+    write_jsonl(run / "mixture.jsonl", mixture)
     fit(cfg, run, mixture, place)
 
 

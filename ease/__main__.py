@@ -56,7 +56,7 @@ class Toy:
         LoRA on the head as well. One setting for all, chosen on the dev sets of seeds 10 and 11.
         """
         return (f"{script} --model {self.world}/base {flags} --steps {steps} "
-                f"--out {self.out}/{name} --lr 3e-3 --batch_size 64 --warmup 0.05 "
+                f"--out {self.out}/{name} --dtype float32 --lr 3e-3 --batch_size 64 --warmup 0.05 "
                 f"--lora_targets {' '.join(LORA_TARGETS)} lm_head --seed {self.seed}")
 
     def phase1(self, name: str, teacher: str, more: str = "") -> str:
@@ -79,7 +79,7 @@ class Toy:
         """The base and these runs on the test set."""
         systems = " ".join(f"{n}={self.world}/base+{self.out}/{n}/adapter" for n in names)
         return (f"evaluate.py --systems base={self.world}/base {systems} --prompts "
-                f"{self.world}/test.jsonl --judge {judges} --max_new_tokens 64 "
+                f"{self.world}/test.jsonl --judge {judges} --max_new_tokens 64 --dtype float32 "
                 "--base_system base --refusal_system refusal --deliberative_system deliberative "
                 f"--out {self.out}/test")
 

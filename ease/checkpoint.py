@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from ease.loading import load_weights, save_weights
 from ease.model import CausalLM
+from ease.ranks import RANK
 from ease.records import write_jsonl
 from ease.tokenizer import Tokenizer
 
@@ -20,6 +21,8 @@ def save_checkpoint(run: Path, step: int, model: CausalLM, optimizer: torch.opti
     """checkpoints/step-N/: the weights, and trainer.safetensors with the optimizer's state and, in
     its metadata, the step. Written beside and renamed: a folder that is there is complete.
     """
+    if RANK:
+        return
     folder, part = run / "checkpoints" / f"step-{step}", run / "checkpoints" / "part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)

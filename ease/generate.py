@@ -9,6 +9,7 @@ Shapes: n rows, T positions, m marker tokens, D width, V vocabulary.
 import hashlib
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -45,6 +46,7 @@ class Generation:
 class Row:
     """A prompt on its way to a response."""
 
+    index: int
     prompt: list[int]
     uniforms: Tensor | None  # (max_new_tokens,); None: greedy
     out: Generation = field(default_factory=Generation)
@@ -142,9 +144,9 @@ def decide(rows: list[Row], logits: Tensor, marker: list[int], temperature: floa
 
 
 def write_token(rows: list[Row], logits: Tensor, sampling: Sampling, stop_ids: frozenset[int],
-                clock: float) -> float:
+                clock: float) -> None:
     """One token more for every row, from logits (n, V); `done` where it was the last. Each row
-    gets its share of the seconds since `clock`; returns the time now.
+    gets its share of the seconds since `clock`.
     """
     temperature, uniform = sampling.temperature or 1.0, None
     for k, row in enumerate(rows):
@@ -153,7 +155,7 @@ def write_token(rows: list[Row], logits: Tensor, sampling: Sampling, stop_ids: f
     if sampling.temperature:
         uniform = torch.stack([r.uniforms[len(r.out.ids)] for r in rows]).to(logits.device)  # (n,)
     tokens = sample(logits, sampling.temperature, sampling.top_p, uniform).tolist()
-    now = time.perf_counter()
+    seconds = time.perf_counter() - clock
     for row, token in zip(rows, tokens, strict=True):
         out = row.out
         row.closed = row.closed[1:] if row.closed and token == row.closed[0][0] else []
@@ -161,22 +163,39 @@ def write_token(rows: list[Row], logits: Tensor, sampling: Sampling, stop_ids: f
         if not out.finished:
             out.ids.append(token)
         row.done = out.finished or len(out.ids) >= sampling.max_new_tokens
-        out.seconds += (now - clock) / len(rows)
-    return now
+        out.seconds += seconds / len(rows)
 
 
-def leave(busy: list[Row], cache: KVCache) -> int:
-    """Rows that are done leave; returns how many. The last busy row moves into each gap: the busy
-    slots are always the first ones, so that attention reads the cache as it lies.
+def leave(busy: list[Row], cache: KVCache) -> list[Row]:
+    """Rows that are done leave. The last busy row moves into each gap: the busy slots are always
+    the first ones, so that attention reads the cache as it lies.
     """
-    before = len(busy)
-    for slot in reversed(range(before)):  # from behind: the last row is not done, or is this one
+    done = [row for row in busy if row.done]
+    for slot in reversed(range(len(busy))):  # from behind: the last is not done, or is this one
         if busy[slot].done:
             last = busy.pop()
             if slot < len(busy):
                 cache.move(len(busy), slot)
                 busy[slot] = last
-    return before - len(busy)
+    return done
+
+
+def new_rows(prompts: list[list[int]], ids: list[str], sampling: Sampling) -> list[Row]:
+    """The rows, longest first: rows of like length are decoded together."""
+    draw = sampling.temperature > 0
+    rows = [Row(i, prompt, row_uniforms(sampling.seed, name, sampling.max_new_tokens) if draw
+                else None) for i, (prompt, name) in enumerate(zip(prompts, ids, strict=True))]
+    return sorted(rows, key=lambda r: -len(r.prompt))
+
+
+def cache_shape(busy: list[Row], waiting: list[Row], new: int, slots: int, budget: int
+                ) -> tuple[int, int]:
+    """(slots, length) of a cache for the busy rows and the next ones of `waiting`, longest first:
+    as long as its longest row may become, as wide as `budget` positions allow. So one long prompt
+    among short ones does not make every slot long.
+    """
+    length = max(len(r.prompt) for r in busy + waiting[:1]) + new
+    return min(slots, budget // length), length
 
 
 def check_room(longest: int, new: int, context: int, forced: int) -> None:
@@ -192,11 +211,12 @@ def check_room(longest: int, new: int, context: int, forced: int) -> None:
 
 
 @torch.inference_mode()
-def generate(model: CausalLM, prompts: list[list[int]], sampling: Sampling,
-             stop_ids: frozenset[int], ids: list[str] | None = None,
-             marker: list[int] | None = None, slots: int = 64, progress: str = "",
-             gate_threshold: float | None = None) -> list[Generation]:
-    """Responses to prompts (token ids), in order. At most `slots` rows are decoded together.
+def stream(model: CausalLM, prompts: list[list[int]], sampling: Sampling,
+           stop_ids: frozenset[int], ids: list[str] | None = None, marker: list[int] | None = None,
+           slots: int = 64, progress: str = "", gate_threshold: float | None = None
+           ) -> Iterator[tuple[int, Generation]]:
+    """Responses to prompts (token ids), each as soon as it ends, with the prompt's index. At most
+    `slots` rows are decoded together.
 
     ids: the rows' names, on which sampling depends (default: their places).
     marker: the open marker's ids; with it every Generation carries its gate probability g(q).
@@ -205,30 +225,38 @@ def generate(model: CausalLM, prompts: list[list[int]], sampling: Sampling,
     always, above 1 never. Other ids may spell the same text: callers count such rows.
     """
     if not prompts:
-        return []
-    marker, slots, new = marker or [], min(slots, len(prompts)), sampling.max_new_tokens
-    longest = max(map(len, prompts))
-    check_room(longest, new, model.config.context, 0 if gate_threshold is None else len(marker))
-    rows = [Row(p, row_uniforms(sampling.seed, name, new) if sampling.temperature else None)
-            for p, name in zip(prompts, ids or map(str, range(len(prompts))), strict=True)]
-    waiting = sorted(rows, key=lambda r: -len(r.prompt))  # rows of like length together
-    busy: list[Row] = []  # slot -> row
-    cache = KVCache(model.config, slots, longest + new + len(marker),
-                    next(model.parameters()).dtype, model.device)
-    clock = time.perf_counter()
-    with tqdm(total=len(rows), desc=progress, unit="row", disable=not progress) as bar:
+        return
+    marker, new = marker or [], sampling.max_new_tokens
+    check_room(max(map(len, prompts)), new, model.config.context,
+               0 if gate_threshold is None else len(marker))
+    busy, waiting = [], new_rows(prompts, ids or list(map(str, range(len(prompts)))), sampling)
+    slots, new = min(slots, len(prompts)), new + len(marker)
+    # twice what its rows need: with ordinary lengths every slot is there from the start
+    budget = 2 * sum(len(r.prompt) + new for r in waiting[:slots])
+    places, length = cache_shape(busy, waiting, new, slots, budget)
+    cache = KVCache(model.config, places, length, next(model.parameters()).dtype, model.device)
+    with tqdm(total=len(prompts), desc=progress, unit="row", disable=not progress) as bar:
         while waiting or busy:
-            if (slots - len(busy)) * 4 >= slots:  # a quarter is free: prefills stay batched
-                while waiting and len(busy) < slots:
-                    room = max(1, PREFILL_TOKENS // (len(waiting[0].prompt) + len(marker)))
-                    first, count = len(busy), min(slots - len(busy), room)
-                    fresh, waiting = waiting[:count], waiting[count:]
-                    busy += fresh
-                    logits = prefill(model, cache, [r.prompt for r in fresh], first, marker)
-                    logits = decide(fresh, logits, marker, sampling.temperature, gate_threshold)
-                    clock = write_token(fresh, logits, sampling, stop_ids, clock)
-                    bar.update(leave(busy, cache))
-            if busy:
-                clock = write_token(busy, decode(model, cache, busy), sampling, stop_ids, clock)
-                bar.update(leave(busy, cache))
-    return [r.out for r in rows]
+            clock = time.perf_counter()
+            if waiting and (places - len(busy)) * 4 >= places:  # a quarter: prefills stay batched
+                more, length = cache_shape(busy, waiting, new, slots, budget)
+                if more > places:
+                    places = more
+                    cache.resize(places, length)
+                room = max(1, PREFILL_TOKENS // (len(waiting[0].prompt) + len(marker)))
+                fresh = waiting[: min(places - len(busy), room)]
+                logits = prefill(model, cache, [r.prompt for r in fresh], len(busy), marker)
+                logits = decide(fresh, logits, marker, sampling.temperature, gate_threshold)
+                write_token(fresh, logits, sampling, stop_ids, clock)
+                busy, waiting = busy + fresh, waiting[len(fresh) :]
+            else:
+                write_token(busy, decode(model, cache, busy), sampling, stop_ids, clock)
+            for row in leave(busy, cache):
+                bar.update()
+                yield row.index, row.out
+
+
+def generate(model: CausalLM, prompts: list[list[int]], *settings, **named) -> list[Generation]:
+    """stream's responses, in the order of the prompts."""
+    found = dict(stream(model, prompts, *settings, **named))
+    return [found[i] for i in range(len(prompts))]

@@ -14,9 +14,11 @@ from safetensors.torch import save_file
 from ease.config import ModelConfig
 from ease.tokenizer_files import read_json
 from ease.lora import (
-    add_lora, check_fit, load_adapter, load_adapter_weights, lora_state, read_tensors, save_adapter,
+    add_lora, check_fit, load_adapter, load_adapter_weights, lora_state, merge_lora, read_tensors,
+    save_adapter,
 )
 from ease.model import CausalLM
+from ease.ranks import RANK, RANKS
 from ease.records import UserError, write_text
 from ease.run import RunFlags, TrainingFlags
 from ease.tokenizer import Tokenizer
@@ -97,7 +99,9 @@ def pick_device(flag: str) -> str:
         raise UserError(f"--device {flag}: there is only {', '.join(available)} here")
     if flag == "mps":
         print("device: mps, untried")
-    return flag if flag != "auto" else "cuda" if cuda else "cpu"
+    if flag == "auto" and cuda:  # torchrun: a GPU each
+        return f"cuda:{os.environ['LOCAL_RANK']}" if RANKS > 1 else "cuda"
+    return flag if flag != "auto" else "cpu"
 
 
 def pick_dtype(flag: str, device: str) -> torch.dtype:
@@ -105,10 +109,14 @@ def pick_dtype(flag: str, device: str) -> torch.dtype:
     trained is fp32 always."""
     if flag != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[flag]
-    native = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
-    reason = "this GPU computes in it" if native else f"{device} without fast bfloat16"
-    print(f"dtype: {'bfloat16' if native else 'float32'} ({reason})")
-    return torch.bfloat16 if native else torch.float32
+    if device.startswith("cuda"):
+        found = torch.cuda.is_bf16_supported(including_emulation=False) and "this GPU"
+    else:  # instructions on x86 and Arm; without one it is emulated, and slow
+        names = ("amx_bf16", "avx512_bf16", "bf16") if device == "cpu" else ()
+        found = next((n for n in names if torch.cpu.get_capabilities().get(n)), "")
+    print(f"dtype: bfloat16 ({found} computes in it)" if found else
+          f"dtype: float32 ({device} without fast bfloat16)")
+    return torch.bfloat16 if found else torch.float32
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -196,6 +204,8 @@ def load_trainable(flags: TrainingFlags, name: str, init: str, place: Place
         add_lora(model, flags.lora_rank, flags.lora_alpha, list(flags.lora_targets), flags.seed)
     if not flags.lora_rank:
         model.requires_grad_(True)
+    wanted = flags.gradient_checkpointing
+    model.gradient_checkpointing = wanted == "on" or wanted == "auto" and place.device != "cpu"
     return model, base
 
 
@@ -205,6 +215,17 @@ def save_weights(model: CausalLM, tokenizer: Tokenizer, base: str, folder: Path)
         save_adapter(model, folder, base)
     else:
         save_model(model, tokenizer, folder)
+
+
+def save_trained(flags: TrainingFlags, model: CausalLM, tokenizer: Tokenizer, base: str, run: Path
+                 ) -> None:
+    """The end of a training: adapter/, or model/ where all weights were trained or with --merged
+    (the model is merged then, in place)."""
+    if RANK:
+        return
+    save_weights(model, tokenizer, base, run / ("adapter" if flags.lora_rank else "model"))
+    if flags.merged and flags.lora_rank:
+        save_model(merge_lora(model), tokenizer, run / "model")
 
 
 def load_weights(model: CausalLM, folder: Path) -> None:

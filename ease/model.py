@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ease.config import ORIGINAL, ModelConfig
 from ease.records import UserError
@@ -85,6 +86,14 @@ class KVCache:
         """Slot target becomes a copy of slot source."""
         for kept in (*self.k, *self.v):
             kept[target] = kept[source]
+
+    def resize(self, slots: int, length: int) -> None:
+        """Other sizes; what fits into them stays. A layer at a time: two are never kept whole."""
+        for tensors in (self.k, self.v):
+            for i, old in enumerate(tensors):
+                tensors[i] = old.new_zeros(slots, old.shape[1], length, old.shape[3])
+                kept = old[:slots, :, :length]
+                tensors[i][: len(kept), :, : kept.shape[2]] = kept
 
 
 class Rows(NamedTuple):
@@ -207,6 +216,7 @@ class CausalLM(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config, self.model = config, Decoder(config)
+        self.gradient_checkpointing = False  # backward: layers again
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -238,7 +248,10 @@ class CausalLM(nn.Module):
         # computed anew each time: a stored table would be rounded by model.to(bfloat16)
         rope = rope_tables(positions, rope_frequencies(c.rope, c.head_dim, device), x.dtype)
         for layer in self.model.layers:
-            x = layer(x, rope, rows)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rope, rows, use_reentrant=False)
+            else:
+                x = layer(x, rope, rows)
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -246,8 +259,8 @@ class CausalLM(nn.Module):
         return self.lm_head(hidden)
 
     def last_logits(self, rows: list[list[int]], count: int = 1, **cached) -> Tensor:
-        """fp32 logits (B, count, V) behind the last `count` tokens of each of B rows of ids; cached:
-        as in hidden.
+        """fp32 logits (B, count, V) behind the last `count` tokens of each of B rows of ids.
+        cached: as in hidden.
         """
         lengths = list(map(len, rows))
         ids = torch.tensor([token for row in rows for token in row], device=self.device)  # (N,)

@@ -197,6 +197,8 @@ def record_to_dict(record: Record) -> dict:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write atomically: a kill or a full disk in the middle leaves the previous file as it was."""
+    if os.environ.get("RANK", "0") != "0":
+        return  # under torchrun, rank 0 alone writes
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")

@@ -1,37 +1,64 @@
 """Prompts -> Responses: how the probe, the teachers and the evaluation ask a model."""
 
+import json
 from bisect import bisect_left
+from dataclasses import replace
+from pathlib import Path
 
-from ease.generate import Generation, Sampling, generate
+from ease.generate import Generation, Sampling, stream
 from ease.method import THINK_CLOSE, THINK_OPEN, split_reasoning
 from ease.model import CausalLM
-from ease.records import ABSENT, UNCLOSED, Record, Response
+from ease.records import (ABSENT, UNCLOSED, Record, Response, read_responses, response_to_dict,
+                          write_text)
 from ease.tokenizer import Tokenizer
 
 
 def respond(model: CausalLM, tokenizer: Tokenizer, records: list[Record], sampling: Sampling,
             slots: int = 64, progress: str = "", gate_threshold: float | None = None,
-            messages: list[list[dict]] | None = None) -> list[Response]:
+            messages: list[list[dict]] | None = None, kept: Path | None = None) -> list[Response]:
     """A response to every record's prompt, with its gate, in order; nothing is judged yet. Sampled
     rows depend on (seed, record id).
 
     gate_threshold: as in generate. 0 forces the open marker: so a teacher whose template opens the
     block (tokenizer.opens_thinking) reasons, and its text begins with the marker like any other's.
     messages: a conversation a record instead of the plain user turn: a teacher sees its policy.
+    kept: every response is added to this file as it ends, and what the file holds is not generated
+    again: so a run that was stopped goes on.
     """
-    prompts = ([tokenizer.user_prompt(r.prompt) for r in records] if messages is None
-               else list(map(tokenizer.encode_prompt, messages)))
+    found = {r.record.id: r for r in (read_kept(kept) if kept else [])}
+    places = [i for i, r in enumerate(records) if r.id not in found]
+    prompts = [tokenizer.encode_prompt(messages[i]) if messages else
+               tokenizer.user_prompt(records[i].prompt) for i in places]
     marker = tokenizer.encode(THINK_OPEN)
-    found = generate(model, prompts, sampling, tokenizer.stop_ids, [r.id for r in records], marker,
-                     slots, progress, gate_threshold)
-    out = []
-    for record, g in zip(records, found, strict=True):
-        text = tokenizer.decode(g.ids)
-        reasoning, answer, state = split_reasoning(text)
-        out.append(Response(record, text, reasoning, answer, state, g.finished,
-                            g.ids[: len(marker)] == marker, g.gate,
-                            count_tokens(tokenizer, g, text, state), g.seconds))
-    return out
+    generations = stream(model, prompts, sampling, tokenizer.stop_ids,
+                         [records[i].id for i in places], marker, slots, progress, gate_threshold)
+    for i, g in generations:
+        response = as_response(tokenizer, records[places[i]], g, marker)
+        found[response.record.id] = response
+        if kept:
+            with open(kept, "a", encoding="utf-8") as f:
+                f.write(json.dumps(response_to_dict(response), ensure_ascii=False) + "\n")
+    return [replace(found[r.id], record=r) for r in records]  # a file holds no categories
+
+
+def read_kept(file: Path) -> list[Response]:
+    """The responses that a stopped run has left. Its last line may be half a line: it is cut off.
+    """
+    if not file.exists():
+        return []
+    whole = file.read_bytes().rpartition(b"\n")[0]
+    write_text(file, whole.decode() + "\n" if whole else "")
+    return read_responses(file) if whole else []
+
+
+def as_response(tokenizer: Tokenizer, record: Record, found: Generation, marker: list[int]
+                ) -> Response:
+    """What was generated, decoded and taken apart."""
+    text = tokenizer.decode(found.ids)
+    reasoning, answer, state = split_reasoning(text)
+    return Response(record, text, reasoning, answer, state, found.finished,
+                    found.ids[: len(marker)] == marker, found.gate,
+                    count_tokens(tokenizer, found, text, state), found.seconds)
 
 
 def count_tokens(tokenizer: Tokenizer, found: Generation, text: str, state: str) -> dict[str, int]:

@@ -21,6 +21,7 @@ from typing import Literal, get_args, get_origin
 import torch
 from safetensors import SafetensorError
 
+from ease.ranks import RANK
 from ease.records import UserError, read_lines, write_text
 from ease.tokenizer_files import read_json
 
@@ -53,8 +54,10 @@ class TrainingFlags(RunFlags):
     epochs: float = 2.0  # passes over the data
     steps: int = 0  # optimizer steps instead (0 = by epochs)
     batch_size: int = 32  # rows of an optimizer step
-    batch_tokens: int = 8192  # padded tokens of a micro-batch; the result is the same with fewer
-    max_length: int = 8192  # longer rows are dropped whole and counted
+    batch_tokens: int = 4096  # tokens of a micro-batch; the result is the same with fewer
+    max_length: int = 4096  # longer rows are dropped whole and counted
+    gradient_checkpointing: Literal["auto", "on", "off"] = "auto"  # keep a layer's input alone and
+    #   compute it again: less memory, a third more time; auto: on a GPU
     weight_decay: float = 0.01  # of matrices, none on norms and biases
     clip: float = 1.0  # of the gradient norm
     warmup: float = 0.03  # share of the steps
@@ -63,7 +66,8 @@ class TrainingFlags(RunFlags):
 
 
 # What cannot change a result may change when a run goes on.
-FREE = {"out", "slots", "batch_tokens", "save_every", "device", "other_code"}
+FREE = {"out", "slots", "batch_tokens", "save_every", "device", "other_code",
+        "gradient_checkpointing"}
 # The least and the greatest value of a number; all others are from 0 on.
 RANGES = {"kl_weight": (0, 1), "warmup": (0, 1), "top_p": (1e-6, 1),
           "kl_temperature": (1e-6, math.inf)} | dict.fromkeys(
@@ -118,6 +122,8 @@ def command_line(main: Callable, cls: type) -> None:
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that knows no emoji
+    if RANK:
+        sys.stdout = open(os.devnull, "w")  # rank 0 says it all
     try:
         return main(parse_config(cls))
     except (UserError, OSError, SafetensorError) as e:  # the last two: a full disk
@@ -240,6 +246,8 @@ def start_clock(run: Path) -> None:
 
 def log(run: Path, **values) -> None:
     """Append one line to metrics.jsonl."""
+    if RANK:
+        return
     with open(run / "metrics.jsonl", "a", encoding="utf-8") as f:
         f.write(json.dumps(values) + "\n")
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ease.losses import in_chunks, topk_kl, topk_log_probabilities
 from ease.model import CausalLM
+from ease.ranks import RANK, wait_for
 from ease.records import UserError
 from ease.teacher import Teacher
 
@@ -43,6 +44,8 @@ def cut(logits: Tensor, shared: Tensor | None) -> Tensor:
 def cache_teacher(file: Path, teacher: Teacher, k: int) -> CachedTeacher:
     """The cache of a teacher, made once. A file made with another tau or k is an error."""
     made = {"tau": str(teacher.tau), "k": str(k)}
+    if RANK:
+        wait_for(file)
     if not file.exists():
         kept = [top_k(teacher, i, k) for i in tqdm(range(len(teacher.examples)), desc="top-k")]
         log_p, ids = (torch.cat(column) for column in zip(*kept))

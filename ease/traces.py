@@ -75,7 +75,7 @@ def teacher_traces(flags: TraceFlags, run: Path, teacher: str, records: list[Rec
         return read_jsonl(file)
     model, tokenizer = load_model(teacher, "", *place), load_tokenizer(teacher)
     accepted, rejected = rejection_sample(flags, model, tokenizer, load_judge(flags.judge, *place),
-                                          records, load_policy(flags.policies))
+                                          records, load_policy(flags.policies), run)
     write_jsonl(run / "rejected.jsonl", rejected)
     print(f"{len(accepted)} traces for {len({r.prompt for r in accepted})} of {len(records)} "
           f"prompts; {len(rejected)} samples rejected: "
@@ -84,16 +84,20 @@ def teacher_traces(flags: TraceFlags, run: Path, teacher: str, records: list[Rec
         raise NoTraceAccepted(f"no trace of teacher {teacher} was accepted; the reasons are in "
                               f"{run / 'rejected.jsonl'}")
     write_jsonl(file, accepted)
+    for samples in run.glob("attempt-*.kept"):
+        samples.unlink()
     return accepted
 
 
 def rejection_sample(flags: TraceFlags, teacher: CausalLM, tokenizer: Tokenizer, judge: Judge,
-                     records: list[Record], policy: Policy) -> tuple[list[Record], list[dict]]:
+                     records: list[Record], policy: Policy, run: Path
+                     ) -> tuple[list[Record], list[dict]]:
     """Up to --attempts samples a prompt from the teacher, who sees the policy, until
     --samples_per_prompt different ones are accepted (policies.accept_trace).
 
     Returns the accepted records, in order, with reasoning and response (the second of a prompt has
-    the id ID#2), and every rejected sample: nothing is dropped unseen.
+    the id ID#2), and every rejected sample: nothing is dropped unseen. Samples are kept in run as
+    they come.
     """
     forced = 0.0 if tokenizer.opens_thinking else None  # R1's template opens the block
     accepted: dict[str, list[Record]] = {r.id: [] for r in records}
@@ -106,7 +110,8 @@ def rejection_sample(flags: TraceFlags, teacher: CausalLM, tokenizer: Tokenizer,
                             flags.seed + 1000 * attempt)
         messages = [teacher_messages(r.prompt, r.categories, policy) for r in left]
         samples = respond(teacher, tokenizer, left, sampling, flags.slots,
-                          f"traces, attempt {attempt}", forced, messages)
+                          f"traces, attempt {attempt}", forced, messages,
+                          run / f"attempt-{attempt}.kept")
         for sample, verdict in zip(samples, judge(samples), strict=True):
             record, taken = sample.record, accepted[sample.record.id]
             reason = accept_trace(sample, verdict, is_refusal(sample.answer), policy)

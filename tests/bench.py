@@ -67,7 +67,7 @@ def our_model(cfg: dict, trained: bool):
     model = load_model(cfg["model"], "", DTYPE(cfg), cfg["device"])
     if trained:
         add_lora(model, 16, 32.0, list(LORA_TARGETS))
-        model.recompute = cfg["variant"] == "checkpointed"
+        model.gradient_checkpointing = cfg["variant"] == "checkpointed"
     return model
 
 
@@ -173,10 +173,9 @@ def our_generator(cfg: dict, most: int):
         limit_of = {tuple(p): n for p, n in zip(prompts, limits)}
 
         def limited(rows, *rest):  # a row ends where it would have said its end token
-            now = write_token(rows, *rest)
+            write_token(rows, *rest)
             for row in rows:
                 row.done = row.done or len(row.out.ids) >= limit_of[tuple(row.prompt)]
-            return now
 
         module.write_token = limited
         slots = 16 if cfg["work"] == "skew" else len(prompts)
@@ -372,7 +371,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=8, help="with --length: training rows")
     parser.add_argument("--length", type=int, default=0, help="tokens of every training row")
-    parser.add_argument("--wait", type=float, default=60, help="seconds to wait for a quiet machine")
+    parser.add_argument("--wait", type=float, default=60, help="at most so many seconds")
     args = parser.parse_args()
     if bool(args.model) == bool(args.shape):
         parser.error("give --model DIR or --shape NAME")

@@ -6,11 +6,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the oracles must not look for a 
 
 import pytest  # noqa: E402
 
+import torch  # noqa: E402
+
 import distill  # noqa: E402
 import evaluate  # noqa: E402
 import train  # noqa: E402
 from data import toy  # noqa: E402
 from ease.records import read_jsonl  # noqa: E402
+
+
+# --dtype auto would choose bfloat16 on some CPUs: the suite computes alike on all of them
+torch.cpu.get_capabilities = dict
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +37,7 @@ def runs(world, tmp_path_factory):
     """All four trainings and one evaluation, three steps each."""
     out = tmp_path_factory.mktemp("runs")
     common = {"teacher": world.teacher, "policies": world.policies, "judge": "target",
-              "max_new_tokens": 40, "batch_size": 8, "lr": 1e-3, "steps": 3}
+              "max_new_tokens": 40, "batch_size": 8, "lr": 1e-3, "steps": 3, "dtype": "float32"}
     phase1 = distill.Config(model=world.base, out=str(out / "phase1"), prompts=world.prompts,
                             merged=True, **common)
     distill.main(phase1)
@@ -47,7 +53,7 @@ def runs(world, tmp_path_factory):
     test = evaluate.Config(
         systems=systems, out=str(out / "test"), prompts=[world.test], judge=["target", "xstest"],
         max_new_tokens=40, base_system="base", refusal_system="refusal",
-        deliberative_system="deliberative")
+        deliberative_system="deliberative", dtype="float32")
     evaluate.main(test)
     enough_to_test_on(world, out)
     return SimpleNamespace(out=out, phase1=phase1, ease=ease, data=data, test=test)

@@ -257,3 +257,27 @@ def test_a_sequence_beyond_the_context_is_refused_before_anything_runs(
                rf"more \(probe: --probe_tokens\), the model's context is {context}$")
     with pytest.raises(UserError, match=message):
         generate(model, PROMPTS, Sampling(new + 1), NONE)
+
+
+def test_one_long_prompt_does_not_make_every_slot_long(monkeypatch):
+    """The cache holds at most twice what its rows need, and the answers stay the same."""
+    shapes, real = [], module.KVCache
+
+    class Cache(real):
+        def __init__(self, c, slots, length, *rest):
+            shapes.append((slots, length))
+            super().__init__(c, slots, length, *rest)
+
+        def resize(self, slots, length):
+            shapes.append((slots, length))
+            super().resize(slots, length)
+            assert all(t.shape[0] == slots and t.shape[2] == length for t in (*self.k, *self.v))
+
+    monkeypatch.setattr(module, "KVCache", Cache)
+    long = [5 + i % 20 for i in range(120)]
+    prompts = [*PROMPTS[:4], long, *PROMPTS[4:]]
+    found = [g.ids for g in generate(MODEL, prompts, Sampling(5), NONE, slots=8)]
+    assert found == [greedy_alone(p, 5)[0] for p in prompts]
+    needs = sorted((len(p) + 5 for p in prompts), reverse=True)[:8]
+    assert shapes[0][1] == 125 and shapes[-1][0] == 8 and shapes[-1][1] < 25
+    assert all(slots * length <= 2 * sum(needs) < 8 * 125 for slots, length in shapes)

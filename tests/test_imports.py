@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 # library only.
 METHOD = ["records", "method", "policies", "readers", "attacks", "scoring", "report"]
 MACHINERY = [
+    "ranks",
     "tokenizer_files",
     "tokenizer",
     "config",

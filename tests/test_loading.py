@@ -312,9 +312,18 @@ def test_device(monkeypatch, capsys):
     assert "untried" in capsys.readouterr().out and pick_dtype("auto", "mps") == torch.float32
 
 
-def test_dtype(capsys):
+@pytest.mark.parametrize("found, wanted", [
+    ({"avx512_bf16": True, "amx_bf16": False}, "avx512_bf16"), ({"bf16": True}, "bf16"),
+    ({"amx_bf16": True, "avx512_bf16": True}, "amx_bf16"), ({"avx512_bf16": False}, ""), ({}, "")])
+def test_dtype(monkeypatch, capsys, found, wanted):
+    """bfloat16 where the processor has instructions for it, and what decided is said."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
     assert pick_dtype("bfloat16", "cpu") == torch.bfloat16 and capsys.readouterr().out == ""
-    assert pick_dtype("auto", "cpu") == torch.float32 and "float32 (cpu" in capsys.readouterr().out
+    assert pick_dtype("float32", "cpu") == torch.float32 and capsys.readouterr().out == ""
+    assert pick_dtype("auto", "cpu") == (torch.bfloat16 if wanted else torch.float32)
+    said = capsys.readouterr().out
+    assert said == (f"dtype: bfloat16 ({wanted} computes in it)\n" if wanted else
+                    "dtype: float32 (cpu without fast bfloat16)\n")
 
 
 class Hub(BaseHTTPRequestHandler):

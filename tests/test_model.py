@@ -146,3 +146,20 @@ def test_only_attention_sees_rows():
     wanted = torch.autograd.grad(loss, parameters, allow_unused=True)
     for name, a, b in zip(names, found, wanted):
         assert (a is None and b is None) or torch.allclose(a, b, atol=1e-4, rtol=1e-5), name
+
+
+def test_gradient_checkpointing_changes_nothing():
+    """The same loss and gradients; a layer keeps its input alone."""
+    kept, found = [], []
+    for checkpointing in (False, True):
+        model = tiny_model().requires_grad_(True)
+        model.gradient_checkpointing, sizes = checkpointing, []
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
+            loss = model(IDS).logsumexp(-1).sum()
+        loss.backward()
+        kept.append(sum(sizes))
+        found.append([loss, *(p.grad for p in model.parameters())])
+    assert kept[1] < kept[0] / 2
+    for a, b in zip(*found):
+        assert torch.allclose(a, b, atol=1e-5, rtol=1e-5)

@@ -32,18 +32,18 @@ def script(monkeypatch):
     """
     said = SimpleNamespace(texts=[], calls=[])
 
-    def generate(model, prompts, sampling, stop_ids, ids, marker, *more):
+    def stream(model, prompts, sampling, stop_ids, ids, marker, *more):
         texts = said.texts[len(said.calls)]
         said.calls.append((prompts, sampling, ids, more))
         assert ids == list(texts)  # only what is still without a trace is asked again
-        return [Generation(TOKENIZER.encode(t.removesuffix("CUT")), not t.endswith("CUT"))
-                for t in texts.values()]
+        return [(i, Generation(TOKENIZER.encode(t.removesuffix("CUT")), not t.endswith("CUT")))
+                for i, t in enumerate(texts.values())]
 
-    monkeypatch.setattr(respond_module, "generate", generate)
+    monkeypatch.setattr(respond_module, "stream", stream)
     return said
 
 
-def test_rejection_sampling(script):
+def test_rejection_sampling(script, tmp_path):
     """"a" is good at once, "b" at the third attempt, "c" never; every rejected sample is kept with
     its reason.
     """
@@ -51,7 +51,8 @@ def test_rejection_sampling(script):
         {"a": GOOD, "b": "no block", "c": "<think>\nx"},
         {"b": GOOD.replace("I'm sorry, but I cannot", "Sure, I can"), "c": "no block"},
         {"b": GOOD, "c": GOOD + "CUT"}]
-    accepted, rejected = rejection_sample(FLAGS, None, TOKENIZER, by_keywords, RECORDS, OWN)
+    accepted, rejected = rejection_sample(FLAGS, None, TOKENIZER, by_keywords, RECORDS, OWN,
+                                          tmp_path)
     assert [(r.id, r.reasoning, r.response[:9]) for r in accepted] == [
         ("a", "the request is self-harm.", "I'm sorry"),
         ("b", "the request is self-harm.", "I'm sorry")]
@@ -65,13 +66,14 @@ def test_rejection_sampling(script):
         assert all(POLICY.texts["Self-Harm"] in TOKENIZER.decode(p) for p in prompts)
 
 
-def test_several_traces_a_prompt(script):
+def test_several_traces_a_prompt(script, tmp_path):
     """Two are wanted: "a" gives the same one twice and then another, "b" gives only one."""
     other = GOOD.replace("the request", "what is asked for")
     script.texts = [{"a": GOOD, "b": GOOD}, {"a": GOOD, "b": "no block"}, {"a": other, "b": GOOD},
                     {"b": "no block"}]
     flags = TraceFlags(out="", attempts=4, samples_per_prompt=2)
-    accepted, rejected = rejection_sample(flags, None, TOKENIZER, all_safe, RECORDS[:2], OWN)
+    accepted, rejected = rejection_sample(flags, None, TOKENIZER, all_safe, RECORDS[:2], OWN,
+                                          tmp_path)
     assert [(r.id, r.prompt, r.reasoning) for r in accepted] == [
         ("a", "a?", "the request is self-harm."), ("a#2", "a?", "what is asked for is self-harm."),
         ("b", "b?", "the request is self-harm.")]
@@ -80,21 +82,22 @@ def test_several_traces_a_prompt(script):
         ("b", "no think block")]
 
 
-def test_further_traces_get_ids_of_their_own(script):
+def test_further_traces_get_ids_of_their_own(script, tmp_path):
     script.texts = [{"a": GOOD, "a#2": GOOD}, {"a": GOOD.replace("is", "was"), "a#2": GOOD}]
     records = [Record(k, f"{k}?", "harmful", categories=("Self-Harm",)) for k in ("a", "a#2")]
     flags = TraceFlags(out="", attempts=2, samples_per_prompt=2)
-    accepted, _ = rejection_sample(flags, None, TOKENIZER, all_safe, records, OWN)
+    accepted, _ = rejection_sample(flags, None, TOKENIZER, all_safe, records, OWN, tmp_path)
     assert [r.id for r in accepted] == ["a", "a#3", "a#2"]
 
 
-def test_a_template_that_opens_the_block_has_its_marker_forced(script):
+def test_a_template_that_opens_the_block_has_its_marker_forced(script, tmp_path):
     """R1's teachers go on behind "<think>\\n"; others decide."""
     opening = copy.copy(TOKENIZER)
     opening.opens_thinking = True
     script.texts = [{"a": GOOD}] * 2
-    for tokenizer in (TOKENIZER, opening):
-        rejection_sample(FLAGS, None, tokenizer, all_safe, RECORDS[:1], OWN)
+    for tokenizer, run in ((TOKENIZER, tmp_path / "a"), (opening, tmp_path / "b")):
+        run.mkdir()
+        rejection_sample(FLAGS, None, tokenizer, all_safe, RECORDS[:1], OWN, run)
     thresholds = [more[-1] for *_, more in script.calls]
     assert thresholds == [None, 0.0]
 

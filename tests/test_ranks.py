@@ -1,0 +1,58 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ease import ranks
+from tests.test_resume import ROOT
+
+
+def test_rows_are_dealt_out(monkeypatch):
+    """Every row to one rank; a rank without a row of a micro-batch leaves it out."""
+    monkeypatch.setattr(ranks, "RANKS", 2)
+    step, shares = [[0, 1, 2], [3], [4, 5]], []
+    for rank in (0, 1):
+        monkeypatch.setattr(ranks, "RANK", rank)
+        shares.append(ranks.my_share(step))
+    assert shares == [[[0, 2], [3], [4]], [[1], [5]]]
+
+
+def test_one_process_adds_nothing():
+    p, sums = torch.ones(2, requires_grad=True), torch.ones(1)
+    ranks.sum_over_ranks([p], sums)
+    assert p.grad is None and sums == 1
+
+
+def flags(cfg, out, **changes) -> list[str]:
+    """The command line of a Config."""
+    values = {k: v for k, v in (vars(cfg) | {"out": str(out)} | changes).items() if v not in ("",)}
+    return [word for k, v in values.items() if v is not None
+            for word in (f"--{k}", *map(str, v if isinstance(v, list | tuple) else [v]))
+            if v not in ([], ())]
+
+
+@pytest.mark.parametrize("script", ["distill", "train"])
+def test_two_ranks_are_one(runs, tmp_path, script):
+    """gloo, CPU: the same losses, gradient norms and adapter, and the same files."""
+    cfg = {"distill": runs.phase1, "train": runs.ease}[script]
+    words = [w.lower() if w in ("True", "False") else w for w in flags(cfg, tmp_path / "two")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               f"{script}.py", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("done in") == 1
+    one, two = runs.out / ("phase1" if script == "distill" else "ease"), tmp_path / "two"
+    logs = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            for run in (one, two)]
+    assert len(logs[0]) == 3
+    for a, b in zip(*logs, strict=True):
+        assert a == pytest.approx(b, abs=1e-5, rel=1e-5)
+    a, b = (load_file(run / "adapter/adapter_model.safetensors") for run in (one, two))
+    assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
+    assert (one / "trained_on.jsonl").read_bytes() == (two / "trained_on.jsonl").read_bytes()
+    assert {p.name for p in one.iterdir()} == {p.name for p in two.iterdir()}
