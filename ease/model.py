@@ -17,6 +17,24 @@ from ease.config import ORIGINAL, ModelConfig
 from ease.records import UserError
 
 
+class Linear(nn.Linear):
+    """nn.Linear, without the initial draw where there is no memory yet (`meta`: a checkpoint will
+    fill it): torch's own draw imports sympy there, two seconds.
+    """
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding, drawn as Linear is."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, the mean taken in fp32."""
 
@@ -126,10 +144,10 @@ class Attention(nn.Module):
         super().__init__()
         D, d, H, K = c.hidden_size, c.head_dim, c.num_attention_heads, c.num_key_value_heads
         self.layer, self.head_dim = layer, d
-        self.q_proj = nn.Linear(D, H * d, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(D, K * d, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(D, K * d, bias=c.qkv_bias)
-        self.o_proj = nn.Linear(H * d, D, bias=c.o_bias)
+        self.q_proj = Linear(D, H * d, bias=c.qkv_bias)
+        self.k_proj = Linear(D, K * d, bias=c.qkv_bias)
+        self.v_proj = Linear(D, K * d, bias=c.qkv_bias)
+        self.o_proj = Linear(H * d, D, bias=c.o_bias)
         self.q_norm = RMSNorm(d, c.rms_norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(d, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
@@ -168,9 +186,9 @@ class MLP(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
         D, inner = c.hidden_size, c.intermediate_size
-        self.gate_proj = nn.Linear(D, inner, bias=c.mlp_bias)
-        self.up_proj = nn.Linear(D, inner, bias=c.mlp_bias)
-        self.down_proj = nn.Linear(inner, D, bias=c.mlp_bias)
+        self.gate_proj = Linear(D, inner, bias=c.mlp_bias)
+        self.up_proj = Linear(D, inner, bias=c.mlp_bias)
+        self.down_proj = Linear(inner, D, bias=c.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D), through F."""
@@ -198,7 +216,7 @@ class Decoder(nn.Module):
 
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c, i) for i in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
@@ -217,7 +235,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.config, self.model = config, Decoder(config)
         self.gradient_checkpointing = False  # backward: layers again
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
