@@ -213,9 +213,9 @@ def canonical(value):
         return value
     if os.path.exists(value):
         return os.path.realpath(value)
-    pieces = re.split("([=+])", value)  # NAME=MODEL+ADAPTER
+    pieces = re.split("([=+:])", value)  # NAME=MODEL+ADAPTER, NAME=responses:FILE
     return value if len(pieces) == 1 else "".join(
-        p if p in ("=", "+") else canonical(p) for p in pieces)
+        p if p in ("=", "+", ":") else canonical(p) for p in pieces)
 
 
 def open_run(cfg: RunFlags, inputs: list[str], place: tuple[torch.dtype, str]) -> Path:

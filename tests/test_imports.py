@@ -26,6 +26,7 @@ MACHINERY = [
     "batching",
     "generate",
     "respond",
+    "outputs",
     "judge",
     "categories",
     "traces",
