@@ -1,6 +1,7 @@
 """Every number: responses of several systems to the same prompts, verdicts, the comparison.
 
     python evaluate.py --systems base=M_s ease=M_s+RUN/adapter --prompts FILE --out DIR
+    python evaluate.py --systems vllm=responses:FILE --tokenizer M_s --prompts FILE --out DIR
     python evaluate.py --systems base=M_s --ask "text"
 
 1. prompts -> responses of every system  (respond; rows-NAME.jsonl, kept: scoring again is free)
@@ -10,6 +11,7 @@
 """
 
 import json
+import math
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from ease.generate import Sampling
 from ease.judge import judge_model, load_judge
 from ease.loading import Place, load_model, load_tokenizer, pick_place, resolve
 from ease.lora import merge_lora
+from ease.outputs import read_outputs
 from ease.ranks import RANKS
 from ease.readers import read_named
 from ease.records import (Record, Response, UserError, read_jsonl, read_responses,
@@ -32,17 +35,20 @@ from ease.scoring import (Rate, agreement, attack_succeeded, auroc, overhead_red
                           share, summarise)
 from ease.sweep import sweep, sweep_section
 
+OUTPUTS = "responses:"  # in the place of a model: its responses were made elsewhere
+
 
 @dataclass(kw_only=True)
 class Config(RunFlags):
     """The flags of an evaluation."""
 
-    systems: list[str]  # NAME=MODEL or NAME=MODEL+ADAPTER
+    systems: list[str]  # NAME=MODEL, NAME=MODEL+ADAPTER, or NAME=responses:FILE, made elsewhere
     out: str = ""  # the run folder; the same command goes on with a stopped run
     prompts: list[str] = ()  # records to answer; `response` is the reference answer, if any
     judge: list[str] = ("xstest", "jailbreakbench")  # refusal lists, target, guard models; the
     #   first is the headline
     limit: int = 0  # only the first this many prompts of each file (0 = all)
+    tokenizer: str = ""  # model whose tokenizer counts the tokens of NAME=responses:FILE
     base_system: str = ""  # NAME of the original model: what jailbreaks it is vulnerable
     refusal_system: str = ""  # NAME of the refusal-trained baseline, for the overhead reduction
     deliberative_system: str = ""  # NAME of the baseline that reasons on everything
@@ -51,7 +57,7 @@ class Config(RunFlags):
     top_p: float = 1.0  # with a temperature above 0
     # the gate g(q), the probability of the open marker: by default the model decides as sampled
     gate_threshold: float | None = None  # reason where g(q) >= this: 0 = always, above 1 = never;
-    #   not for the three named systems above
+    #   not for the three named systems above, nor for responses made elsewhere
     gate_sweep: str = ""  # NAME of a system to answer twice, forced to reason and forced not to
     token_budget: float = 0.0  # with --gate_sweep: tokens a response of the threshold (0 = any)
     score_only: bool = False  # score the rows of --out with these judges, in a folder beside them
@@ -64,19 +70,27 @@ class System(NamedTuple):
     model: str
     adapter: str
 
+    @property
+    def outputs(self) -> str:
+        """The file of "responses:FILE", "" of a model."""
+        return self.model.removeprefix(OUTPUTS) if self.model.startswith(OUTPUTS) else ""
+
 
 def parse_systems(specs: list[str]) -> dict[str, System]:
-    """NAME=MODEL[+ADAPTER] -> {name: system}. A '+' inside a path that exists is part of it."""
+    """NAME=MODEL[+ADAPTER] or NAME=responses:FILE -> {name: system}. A '+' inside a path that
+    exists is part of it.
+    """
     systems = {}
     for spec in specs:
         name, equals, where = spec.partition("=")
-        if not (equals and where and re.fullmatch(r"[\w.-]+", name)):
-            raise UserError(f"--systems {spec!r}: expected NAME=MODEL or NAME=MODEL+ADAPTER, the "
-                            "name of letters, digits, '_', '.', '-'")
+        if not (equals and where.removeprefix(OUTPUTS) and re.fullmatch(r"[\w.-]+", name)):
+            raise UserError(f"--systems {spec!r}: expected NAME=MODEL, NAME=MODEL+ADAPTER or "
+                            "NAME=responses:FILE, the name of letters, digits, '_', '.', '-'")
         if name in systems:
             raise UserError(f"--systems: the name {name!r} stands twice")
         cuts = [i for i, c in enumerate(where) if c == "+" and Path(where[:i]).exists()]
-        cut = len(where) if Path(where).exists() else cuts[-1] if cuts else where.find("+")
+        whole = Path(where).exists() or where.startswith(OUTPUTS)
+        cut = len(where) if whole else cuts[-1] if cuts else where.find("+")
         cut = cut if cut >= 0 else len(where)
         systems[name] = System(where[:cut], where[cut + 1 :])
     return systems
@@ -89,6 +103,13 @@ def check_flags(cfg: Config, systems: dict[str, System]) -> None:
     for flag in ("base_system", "refusal_system", "deliberative_system", "gate_sweep"):
         if (name := getattr(cfg, flag)) and name not in systems:
             raise UserError(f"--{flag} {name!r} is none of the --systems ({', '.join(systems)})")
+    made = [name for name, system in systems.items() if system.outputs]
+    if cfg.gate_sweep in made:
+        raise UserError(f"--gate_sweep {cfg.gate_sweep}: responses made elsewhere cannot be made "
+                        "again")
+    if bool(made) != bool(cfg.tokenizer) and not cfg.score_only:
+        raise UserError("--tokenizer MODEL counts the tokens of NAME=responses:FILE: give both or "
+                        "neither")
     if cfg.token_budget and not cfg.gate_sweep:
         raise UserError("--token_budget is for choosing a threshold: it needs --gate_sweep NAME")
     if cfg.score_only:
@@ -111,16 +132,19 @@ def load_system(system: System, place: Place):
 
 def answers(cfg: Config, file: Path, system: System, records: list[Record], place: Place,
             threshold: float | None) -> list[Response]:
-    """Step 1: one system's responses. A stage: `file`."""
+    """Step 1: one system's responses, made here or read. A stage: `file`."""
     if not file.exists() and not cfg.score_only:
-        sampling = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.seed)
-        model, tokenizer = load_system(system, place)
-        label = file.stem.removeprefix("rows-")
         kept = file.with_suffix(".kept")
-        responses = respond(model, tokenizer, records, sampling, cfg.slots, label, threshold,
-                            kept=kept)
+        if system.outputs:
+            responses = read_outputs(system.outputs, records, load_tokenizer(cfg.tokenizer))
+        else:
+            sampling = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.seed)
+            model, tokenizer = load_system(system, place)
+            label = file.stem.removeprefix("rows-")
+            responses = respond(model, tokenizer, records, sampling, cfg.slots, label, threshold,
+                                kept=kept)
         write_jsonl(file, map(response_to_dict, responses))
-        kept.unlink()
+        kept.unlink(missing_ok=True)
     return read_responses(file)
 
 
@@ -213,8 +237,10 @@ def summarise_run(cfg: Config, run: Path, systems: dict[str, System],
     decoding = ", ".join([f"T = {T}, top_p = {made['top_p']}" if T else "greedy",
                           f"at most {made['max_new_tokens']} new tokens",
                           *([] if gate is None else [f"gate threshold {gate:g}"]),
-                          manifest["dtype"].removeprefix("torch.")])
-    trained = {name: training_of(s.adapter or s.model) for name, s in systems.items()}
+                          manifest["dtype"].removeprefix("torch."),
+                          *(f"{name}: made elsewhere" for name, s in systems.items() if s.outputs)])
+    trained = {name: training_of("" if s.outputs else s.adapter or s.model)
+               for name, s in systems.items()}
     attacks = {part for _, records in trained.values() for r in records if r.attack
                for part in r.attack.split("+")}
     everyone = [r for responses in by_system.values() for r in responses]
@@ -231,8 +257,9 @@ def summarise_run(cfg: Config, run: Path, systems: dict[str, System],
                 [r.record.prompt for r in responses], [r.prompt for r in trained_on])
         numbers = {**system._asdict(), "training": training, "kinds": summarise(responses)}
         if cfg.base_system:  # does the gate open for the vulnerable prompts?
-            numbers["gate_auroc"] = auroc([r.gate for r in responses if r.vulnerable],
-                                          [r.gate for r in responses if r.vulnerable is False])
+            known = [r for r in responses if not math.isnan(r.gate)]
+            numbers["gate_auroc"] = auroc([r.gate for r in known if r.vulnerable],
+                                          [r.gate for r in known if r.vulnerable is False])
         summary["systems"][name] = numbers
     return summary
 
@@ -240,6 +267,8 @@ def summarise_run(cfg: Config, run: Path, systems: dict[str, System],
 def ask(cfg: Config, systems: dict[str, System], place: Place) -> None:
     """--ask: every system's response to one text, printed."""
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.seed)
+    if made := [name for name, system in systems.items() if system.outputs]:
+        raise UserError(f"--ask: {made[0]} is a file of responses, no model to ask")
     for name, system in systems.items():
         [response] = respond(*load_system(system, place), [Record("ask", cfg.ask, "benign")],
                              sampling, gate_threshold=cfg.gate_threshold)
@@ -260,9 +289,10 @@ def main(cfg: Config) -> None:
         run, judges = Path(cfg.out), "+".join(Path(name).name for name in cfg.judge)
         out = run / f"scored-by-{judges}"
     else:
-        models = [str(resolve(s.model)) for s in systems.values()]
-        adapters = [s.adapter for s in systems.values()]
-        run = out = open_run(cfg, [*models, *adapters, *cfg.prompts, *guards], place)
+        inputs = [p for s in systems.values()
+                  for p in (s.outputs or str(resolve(s.model)), s.adapter)]
+        inputs += [str(resolve(cfg.tokenizer))] if cfg.tokenizer else []
+        run = out = open_run(cfg, [*inputs, *cfg.prompts, *guards], place)
         if is_done(run):
             print((run / "report.md").read_text(encoding="utf-8").split("\n## ")[0])
             return
@@ -272,8 +302,10 @@ def main(cfg: Config) -> None:
         return answers(cfg, file, systems[name], records, place, threshold)
 
     fixed = {cfg.base_system, cfg.refusal_system, cfg.deliberative_system}  # no threshold for these
-    by_system = {name: answers_of(name, name, None if name in fixed else cfg.gate_threshold)
-                 for name in systems}
+    made = sorted(systems, key=lambda name: not systems[name].outputs)  # a file's mistakes first
+    found = {name: answers_of(name, name, None if name in fixed else cfg.gate_threshold)
+             for name in made}
+    by_system = {name: found[name] for name in systems}
     forced = [answers_of(cfg.gate_sweep, f"{cfg.gate_sweep}+{label}", threshold) for
               label, threshold in (("opened", 0.0), ("direct", 2.0))] if cfg.gate_sweep else []
     everyone = [r for found in [*by_system.values(), *forced] for r in found]

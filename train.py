@@ -160,7 +160,7 @@ def probe(cfg: Config, run: Path, diagnostic: list[Record], place: Place) -> lis
             for response, verdict in zip(responses, judge(responses), strict=True):
                 response.verdicts[cfg.judge] = verdict
             write_jsonl(file, map(response_to_dict, responses))
-            kept.unlink()
+            kept.unlink(missing_ok=True)
     return [read_responses(file) for file in files]
 
 

@@ -83,8 +83,9 @@ def by_kind(summary: dict, kind: str) -> str:
              "exact": with_bounds(k["accuracy"]),
              "unclosed": k["unclosed"],
              **{f"{part} tokens": f"{k['tokens'][part]:.1f}" for part in ("reasoning", "answer")},
-             "mean gate": f"{k['gate_mean']:.3f}",
-             "s / prompt": f"{k['seconds_per_prompt']:.4f}"} for name, k in found.items()]
+             "mean gate": "-" if k["gate_mean"] is None else f"{k['gate_mean']:.3f}",
+             "s / prompt": f"{k['seconds_per_prompt']:.4f}" if k["seconds_per_prompt"] else "-"}
+            for name, k in found.items()]
     return f"\n## {kind}\n\n{listing(rows)}\n" if rows else ""
 
 

@@ -184,7 +184,7 @@ def canonical(value):
         return [canonical(v) for v in value]
     if not isinstance(value, str):
         return value
-    pieces = [value] if os.path.exists(value) else re.split("([=+])", value)  # NAME=MODEL+ADAPTER
+    pieces = [value] if os.path.exists(value) else re.split("([=+:])", value)  # NAME=MODEL+ADAPTER
     return "".join(os.path.realpath(p) if os.path.exists(p) else p for p in pieces)
 
 

@@ -199,6 +199,7 @@ def summarise_kind(responses: list[Response]) -> dict:
         return None if r.state == UNCLOSED else is_correct(r.answer, r.record.response)
 
     harmful = responses[0].record.harmful
+    gates = [r.gate for r in responses if not math.isnan(r.gate)]
     return {
         "n": len(responses),
         "asr": {j: share(lambda r, j=j: attack_succeeded(r, j), responses)
@@ -213,7 +214,7 @@ def summarise_kind(responses: list[Response]) -> dict:
         "tokens": {part: fmean(r.tokens[part] for r in responses)
                    for part in ("reasoning", "answer", "total")},
         "seconds_per_prompt": fmean(r.seconds for r in responses),
-        "gate_mean": fmean(r.gate for r in responses),
+        "gate_mean": fmean(gates) if gates else None,
     }
 
 

@@ -549,6 +549,57 @@ def check_count_tokens(fn):
             assert found == {"reasoning": wanted[0], "answer": wanted[1], "total": sum(wanted)}
 
 
+def batch_line(content: str | None, reason: str = "stop", **message) -> dict:
+    """A line as `vllm run-batch` writes it: pydantic's dump, every field there, null or not."""
+    message = {"role": "assistant", "content": content, "refusal": None, "tool_calls": [],
+               **message}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason,
+              "stop_reason": None}
+    body = {"id": "chatcmpl-1", "object": "chat.completion", "model": "m", "choices": [choice],
+            "usage": {"prompt_tokens": 9, "total_tokens": 12, "completion_tokens": 3}}
+    return {"id": "vllm-1", "custom_id": "r1", "error": None,
+            "response": {"status_code": 200, "request_id": "vllm-batch-1", "body": body}}
+
+
+def check_output_text(fn):
+    """fn(row, where) -> (text, finished)."""
+    block = "<think>\nit is.\n</think>\n\n"
+    for row, wanted in (
+        ({"response": " to paint.\n"}, (" to paint.\n", True)),
+        ({"response": ""}, ("", True)),
+        ({"response": "to pai", "finish_reason": "length"}, ("to pai", False)),
+        ({"response": "to.", "finish_reason": "stop", "error": None}, ("to.", True)),
+        (batch_line("to paint."), ("to paint.", True)),
+        (batch_line("to pai", "length"), ("to pai", False)),
+        (batch_line("\n <think>it is.</think> to.\n"), ("\n <think>it is.</think> to.\n", True)),
+        (batch_line("to.", reasoning_content="it is."), (block + "to.", True)),  # as it was called
+        (batch_line("\n\nto.", reasoning="\nit is.\n"), (block + "to.", True)),  # as it is called
+        (batch_line("to.", reasoning="it is.", reasoning_content="it is."), (block + "to.", True)),
+        (batch_line("to.", reasoning=None, reasoning_content=""), ("to.", True)),
+        (batch_line("to.", reasoning="\n\n"), ("<think>\n\n</think>\n\nto.", True)),
+        (batch_line(None, "length", reasoning="it is"), ("<think>\nit is", False)),
+        (batch_line("\n", reasoning="it is"), ("<think>\nit is", True)),
+        (batch_line(None), ("", True)),
+    ):
+        assert fn(row, "f:3") == wanted, row
+    failed = {"status_code": 400, "request_id": "1", "body": None}
+    two = batch_line("to.")
+    two["response"]["body"]["choices"] *= 2
+    for row, message in (
+        ({**batch_line(""), "response": failed, "error": {"message": "too\nlong"}}, "too"),
+        ({**batch_line(""), "response": failed, "error": "too long"}, "'too long'"),
+        ({**batch_line(""), "response": {**failed, "status_code": 500}}, "500"),
+        ({**batch_line("to."), "error": {"code": "expired"}}, "expired"),
+        ({"id": "r1", "response": "to.", "error": "too long"}, "too long"),
+        (two, "has not one choice"),
+        ({"id": "r1"}, "has not one choice"),
+        ({"id": "r1", "response": 3}, "3"),
+        (batch_line(3), "field 'message' must be a string"),
+    ):
+        found = error_of(fn, row, "f:3")
+        assert found.startswith("UserError: f:3: ") and message in found and "\n" not in found, row
+
+
 def check_learning_rate(fn):
     values = [fn(step, 100, 2.0, 0.1) for step in range(100)]
     assert close(values[0], 0.2) and close(values[9], 2.0) and close(values[10], 2.0)

@@ -10,8 +10,8 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from ease import (attacks, batching, contest, losses, method, optim, policies, respond, scoring,
-                  sweep)
+from ease import (attacks, batching, contest, losses, method, optim, outputs, policies, records,
+                  respond, scoring, sweep)
 from ease.batching import Batch, Example
 from ease.method import ABSENT, ANSWER, GATE, REASONING, UNCLOSED, WELL_FORMED
 from ease.generate import sample
@@ -628,6 +628,43 @@ def count_tokens__unclosed_is_answer(tokenizer, found, text, state):
 def count_tokens__last_close(tokenizer, found, text, state):
     text = text.replace("</think>", "(/think>", max(0, text.count("</think>") - 1))
     return respond.count_tokens(tokenizer, found, text, state)
+
+
+def output_text__content_alone(row, where):
+    """What the server split off is lost: no response of the system ever reasons."""
+    text, finished = outputs.output_text(row, where)
+    if "custom_id" not in row:
+        return text, finished
+    return row["response"]["body"]["choices"][0]["message"]["content"] or "", finished
+
+
+def output_text__closes_every_block(row, where):
+    text, finished = outputs.output_text(row, where)
+    open_block = text.startswith("<think>") and "</think>" not in text
+    return text + "\n</think>\n\n" * open_block, finished
+
+
+def output_text__stripped(row, where):
+    text, finished = outputs.output_text(row, where)
+    return text.strip(), finished
+
+
+def output_text__cut_counts_as_finished(row, where):
+    return outputs.output_text(row, where)[0], True
+
+
+def output_text__failed_is_empty(row, where):
+    try:
+        return outputs.output_text(row, where)
+    except records.UserError:
+        return "", False
+
+
+def output_text__first_choice(row, where):
+    match row:
+        case {"response": {"body": {"choices": [choice, _]}}}:
+            return choice["message"]["content"], True
+    return outputs.output_text(row, where)
 
 
 def learning_rate__no_warmup(step, steps, peak, warmup):

@@ -27,6 +27,7 @@ MACHINERY = [
     "batching",
     "generate",
     "respond",
+    "outputs",
     "judge",
     "categories",
     "traces",

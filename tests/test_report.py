@@ -51,6 +51,13 @@ def test_glance():
     assert ease[-1] == "90 / -" and ease[4] == "- / -"  # no plain prompt, no vulnerable one
 
 
+def test_what_is_not_known_of_responses_made_elsewhere():
+    made = {"benign": kind() | {"gate_mean": None, "seconds_per_prompt": 0.0}}
+    made = {"model": "responses:f", "adapter": "", "training": {}, "kinds": made}
+    text = markdown_report(SUMMARY | {"systems": {"vllm": made}, "breakdown": {}})
+    assert cells(text.split("## benign")[1], "vllm")[-2:] == ["-", "-"]
+
+
 def test_report_has_every_part():
     text = markdown_report(SUMMARY, "\n## More\n")
     for part in ("## adversarial_harmful", "## benign", "## More", "## Systems",

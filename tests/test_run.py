@@ -163,6 +163,7 @@ def test_canonical(tmp_path, monkeypatch):
     a, c = str(tmp_path / "a+b"), str(tmp_path / "c")
     assert canonical("a+b/") == a and canonical("n=c+c/") == f"n={c}+{c}"
     assert canonical(["c", 3, ""]) == [c, 3, ""] and canonical("no=thing") == "no=thing"
+    assert canonical("n=responses:c/") == f"n=responses:{c}"
 
 
 def test_a_run_without_git(tmp_path, monkeypatch):
