@@ -30,6 +30,7 @@ from ease.judge import judge_model, load_judge
 from ease.loading import (Place, load_model, load_tokenizer, load_trainable, pick_place, resolve,
                           save_trained)
 from ease.losses import cross_entropy, in_chunks
+from ease.memory import announce
 from ease.method import filler
 from ease.model import CausalLM
 from ease.optim import learning_rate, make_optimizer, optimizer_step
@@ -181,6 +182,7 @@ def fit(cfg: Config, run: Path, traces: list[Record], held_out: list[Record], pl
         lengths = list(map(max, lengths, theirs))
     steps = count_steps(len(examples), cfg.batch_size, cfg.steps, cfg.epochs)
     plan = plan_batches(lengths, cfg.batch_size, cfg.batch_tokens, cfg.seed, steps)
+    announce(model, lengths, plan, getattr(teacher, "model", None))
     before = mean_nll(model, kept_out, place.device) if kept_out else None
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(model, cfg.weight_decay)

@@ -30,6 +30,7 @@ from ease.judge import judge_model, load_judge
 from ease.loading import (Place, base_and_adapter, load_model, load_tokenizer, load_trainable,
                           pick_place, resolve, save_trained)
 from ease.losses import gated_cross_entropy, in_chunks
+from ease.memory import announce
 from ease.method import ANSWER, GATE, REASONING, filler, mix, select_region
 from ease.optim import learning_rate, make_optimizer, optimizer_step
 from ease.policies import load_policy
@@ -236,6 +237,7 @@ def fit(cfg: Config, run: Path, mixture: list[Record], place: Place) -> None:
     steps = count_steps(len(examples), cfg.batch_size, cfg.steps, cfg.epochs)
     plan = plan_batches([len(e.ids) for e in examples], cfg.batch_size, cfg.batch_tokens, cfg.seed,
                         steps)
+    announce(model, [len(e.ids) for e in examples], plan)
     weight = {GATE: cfg.gate_weight, REASONING: 1.0, ANSWER: 1.0}
     weight_of = torch.tensor([weight.get(role, 0.0) for role in range(4)], device=place.device)
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+CHUNK = 1024  # positions whose logits exist at a time
+
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """CE_t = -log softmax(s_t)[y_t]. logits (N, V), targets (N,) -> (N,). The paper's SFT
@@ -69,7 +71,7 @@ def topk_kl(log_p: Tensor, ids: Tensor, student_logits: Tensor, tau: float = 1.0
     return tau**2 * kl
 
 
-def in_chunks(loss: Callable[..., Tensor], *tensors: Tensor, chunk: int = 1024) -> Tensor:
+def in_chunks(loss: Callable[..., Tensor], *tensors: Tensor, chunk: int = CHUNK) -> Tensor:
     """loss(*tensors) (N,), computed for `chunk` positions at a time and joined, each chunk again in
     the backward pass.
 

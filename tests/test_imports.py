@@ -20,6 +20,7 @@ MACHINERY = [
     "model",
     "lora",
     "losses",
+    "memory",
     "optim",
     "run",
     "loading",
