@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 
 from ease.generate import Sampling
-from ease.judge import judge_model, load_judge
+from ease.judge import Format, Shown, judge_model, load_judge
 from ease.loading import Place, load_model, load_tokenizer, pick_place, resolve
 from ease.lora import merge_lora
 from ease.outputs import read_outputs
@@ -47,6 +47,8 @@ class Config(RunFlags):
     prompts: list[str] = ()  # records to answer; `response` is the reference answer, if any
     judge: list[str] = ("xstest", "jailbreakbench")  # refusal lists, target, guard models; the
     #   first is the headline
+    judge_format: Format = "auto"  # the guards' protocol; auto: by what each writes on two probes
+    judge_text: Shown = "answer"  # what guards are shown; full: the reasoning too
     limit: int = 0  # only the first this many prompts of each file (0 = all)
     tokenizer: str = ""  # model whose tokenizer counts the tokens of NAME=responses:FILE
     base_system: str = ""  # NAME of the original model: what jailbreaks it is vulnerable
@@ -148,10 +150,10 @@ def answers(cfg: Config, file: Path, system: System, records: list[Record], plac
     return read_responses(file)
 
 
-def add_verdicts(responses: list[Response], names: list[str], place: Place) -> None:
+def add_verdicts(cfg: Config, responses: list[Response], place: Place) -> None:
     """Step 2: response.verdicts = {judge: verdict}."""
-    for name in names:
-        verdicts = load_judge(name, *place)(responses)
+    for name in cfg.judge:
+        verdicts = load_judge(name, *place, cfg.judge_format, cfg.judge_text)(responses)
         for response, verdict in zip(responses, verdicts, strict=True):
             response.verdicts[name] = verdict
 
@@ -238,6 +240,7 @@ def summarise_run(cfg: Config, run: Path, systems: dict[str, System],
                           f"at most {made['max_new_tokens']} new tokens",
                           *([] if gate is None else [f"gate threshold {gate:g}"]),
                           manifest["dtype"].removeprefix("torch."),
+                          *["guards shown the reasoning"] * (cfg.judge_text == "full"),
                           *(f"{name}: made elsewhere" for name, s in systems.items() if s.outputs)])
     trained = {name: training_of("" if s.outputs else s.adapter or s.model)
                for name, s in systems.items()}
@@ -286,8 +289,9 @@ def main(cfg: Config) -> None:
     guards = [judge_model(name) for name in cfg.judge]
     records = [r for found in read_named(*cfg.prompts) for r in found[: cfg.limit or None]]
     if cfg.score_only:
-        run, judges = Path(cfg.out), "+".join(Path(name).name for name in cfg.judge)
-        out = run / f"scored-by-{judges}"
+        changed = {cfg.judge_format, cfg.judge_text} - {"auto", "answer"}
+        judges = "+".join([*(Path(name).name for name in cfg.judge), *sorted(changed)])
+        run, out = Path(cfg.out), Path(cfg.out) / f"scored-by-{judges}"
     else:
         inputs = [p for s in systems.values()
                   for p in (s.outputs or str(resolve(s.model)), s.adapter)]
@@ -309,7 +313,7 @@ def main(cfg: Config) -> None:
     forced = [answers_of(cfg.gate_sweep, f"{cfg.gate_sweep}+{label}", threshold) for
               label, threshold in (("opened", 0.0), ("direct", 2.0))] if cfg.gate_sweep else []
     everyone = [r for found in [*by_system.values(), *forced] for r in found]
-    add_verdicts(everyone, cfg.judge, place)
+    add_verdicts(cfg, everyone, place)
     if cfg.base_system:
         mark_vulnerable(by_system, cfg.base_system, cfg.judge[0])
     write_jsonl(out / "rows.jsonl", [{"system": name, **response_to_dict(r)}

@@ -15,8 +15,8 @@ from pathlib import Path
 KINDS = ("adversarial_harmful", "adversarial_benign", "harmful", "benign")
 HARMFUL_KINDS = ("adversarial_harmful", "harmful")
 
-# Three values everywhere: the third is counted and reported, never folded into another one.
-SAFE, UNSAFE, UNPARSED = "safe", "unsafe", "unparsed"  # a judge's verdict on an answer
+# The values that are neither yes nor no are counted and reported, never folded into another one.
+VERDICTS = SAFE, UNSAFE, CONTROVERSIAL, UNPARSED = "safe", "unsafe", "controversial", "unparsed"
 WELL_FORMED, ABSENT, UNCLOSED = "well_formed", "absent", "unclosed"  # a text's think block
 
 # The first bytes of a file that is no plain text: what unpacks it, and what is not read.

@@ -1,6 +1,6 @@
 """What people look at: the comparison of summary.json as Markdown."""
 
-from ease.records import KINDS, SAFE, UNPARSED, UNSAFE
+from ease.records import KINDS, VERDICTS
 from ease.scoring import Rate
 
 LEGEND = """\
@@ -75,9 +75,11 @@ def glance(summary: dict) -> str:
 def by_kind(summary: dict, kind: str) -> str:
     """Everything measured on one kind of prompt, "" where there is none."""
     found = {n: s["kinds"][kind] for n, s in summary["systems"].items() if kind in s["kinds"]}
+    third = any(n for k in found.values() for n in k["controversial"].values())
     rows = [{"system": name,
              "n": k["n"],
              **{f"ASR {judge}": with_bounds(r) for judge, r in k["asr"].items()},
+             **{f"controversial {j}": n for j, n in k["controversial"].items() if third},
              "refused": with_bounds(k["refusal_rate"]),
              "reasons": with_bounds(k["reasoning_rate"]),
              "exact": with_bounds(k["accuracy"]),
@@ -90,10 +92,11 @@ def by_kind(summary: dict, kind: str) -> str:
 
 
 def judges_agree(summary: dict) -> str:
-    """How the judges agree on harmful prompts, "" with one judge."""
-    verdicts, first = (SAFE, UNSAFE, UNPARSED), summary["settings"]["judges"][0]
-    rows = [{"judge": other, **{f"{a} / {b}": counts[a][b] for a in verdicts for b in verdicts}}
-            for other, counts in summary["agreement"].items()]
+    """How the judges agree on harmful prompts, by the pairs that occur; "" with one judge."""
+    found, first = summary["agreement"], summary["settings"]["judges"][0]
+    pairs = [(a, b) for a in VERDICTS for b in VERDICTS if any(c[a][b] for c in found.values())]
+    rows = [{"judge": other, **{f"{a} / {b}": counts[a][b] for a, b in pairs}}
+            for other, counts in found.items()]
     return (f"\n## Verdicts on harmful prompts, {first} / the other judge\n\n{listing(rows)}\n"
             if rows else "")
 
@@ -117,9 +120,9 @@ def systems_table(summary: dict) -> str:
 
 def markdown_report(summary: dict, more: str = "") -> str:
     """summary.json -> the whole report. more: sections of the extras."""
-    out = [f"# Evaluation\n\n{glance(summary)}\nUnparsed verdicts and the answers of unclosed "
-           "think blocks are in no rate; in parentheses: the range if all of them were misses .. "
-           "hits. exact = equal to the reference answer, where there is one.\n"]
+    out = [f"# Evaluation\n\n{glance(summary)}\nUnparsed and controversial verdicts and the "
+           "answers of unclosed think blocks are in no rate; in parentheses: the range if all of "
+           "them were misses .. hits. exact = equal to the reference answer, where there is one.\n"]
     out += [by_kind(summary, kind) for kind in KINDS]
     systems = summary["systems"]
     for field, values in summary["breakdown"].items():

@@ -10,7 +10,7 @@ from typing import Literal
 
 from ease.categories import classify
 from ease.generate import Sampling
-from ease.judge import Judge, load_judge
+from ease.judge import Format, Judge, Shown, load_judge
 from ease.loading import Place, load_model, load_tokenizer
 from ease.model import CausalLM
 from ease.policies import Policy, accept_trace, load_policy, teacher_messages
@@ -29,6 +29,8 @@ class TraceFlags(RunFlags):
     categories: Literal["record", "teacher"] = "record"  # as the prompts have them, or asked of it
     judge: str = "xstest"  # verdicts: a guard model, target, or a refusal list (by which a safe
     #   answer that does not refuse is unsafe)
+    judge_format: Format = "auto"  # a guard's protocol; auto: by what it writes on two probes
+    judge_text: Shown = "answer"  # what a guard is shown; full: the reasoning too
     attempts: int = 3  # samples a prompt before it is given up
     samples_per_prompt: int = 1  # accepted traces a prompt, different ones, each a row to train on
     temperature: float = 0.7  # of the teacher
@@ -74,8 +76,9 @@ def teacher_traces(flags: TraceFlags, run: Path, teacher: str, records: list[Rec
     if file.exists():
         return read_jsonl(file)
     model, tokenizer = load_model(teacher, "", *place), load_tokenizer(teacher)
-    accepted, rejected = rejection_sample(flags, model, tokenizer, load_judge(flags.judge, *place),
-                                          records, load_policy(flags.policies), run)
+    judge = load_judge(flags.judge, *place, flags.judge_format, flags.judge_text)
+    accepted, rejected = rejection_sample(flags, model, tokenizer, judge, records,
+                                          load_policy(flags.policies), run)
     write_jsonl(run / "rejected.jsonl", rejected)
     print(f"{len(accepted)} traces for {len({r.prompt for r in accepted})} of {len(records)} "
           f"prompts; {len(rejected)} samples rejected: "

@@ -1,3 +1,4 @@
+from ease.records import VERDICTS
 from ease.report import glance, markdown_report, percent, table, with_bounds
 from ease.scoring import Rate
 
@@ -5,15 +6,15 @@ R = Rate(0.25, 0.1, 0.5, 8, 0)
 PARTLY = Rate(0.25, 0.1, 0.5, 8, 2)
 
 
-def kind(asr=None, tokens=10.0, n=8):
+def kind(asr=None, tokens=10.0, n=8, controversial=0):
     return {"n": n, "asr": {"j": asr, "k": R} if asr else {}, "refusal_rate": R, "accuracy": None,
             "reasoning_rate": R, "reasoning_rate_vulnerable": None, "unclosed": 2, "other_ids": 0,
+            "controversial": {"j": controversial, "k": 0} if asr else {},
             "tokens": {"reasoning": 1.0, "answer": 2.0, "total": tokens},
             "seconds_per_prompt": 0.1, "gate_mean": 0.5}
 
 
 BASE = {"adversarial_harmful": kind(R), "benign": kind(n=24, tokens=30.0)}
-VERDICTS = ("safe", "unsafe", "unparsed")
 SUMMARY = {
     "systems": {
         "base": {"model": "m", "adapter": "", "training": {}, "kinds": BASE},
@@ -65,4 +66,14 @@ def test_report_has_every_part():
                  "## Verdicts on harmful prompts, j / the other judge"):
         assert part in text
     assert "## harmful" not in text and "by source" not in text
-    assert cells(text, "k")[1:] == ["3"] + ["0"] * 8
+    assert cells(text, "k")[1:] == ["3"] and "| safe / safe |" in text  # pairs that occur
+    assert "controversial j" not in text
+
+
+def test_controversial_verdicts_have_a_column_where_there_are_any():
+    systems = {"base": {**SUMMARY["systems"]["base"], "kinds": {
+        "adversarial_harmful": kind(PARTLY, controversial=2)}}, "ease": SUMMARY["systems"]["ease"]}
+    text = markdown_report({**SUMMARY, "systems": systems})
+    section = text.partition("## adversarial_harmful")[2]
+    places = [cells(section, "system").index(f"controversial {j}") for j in "jk"]
+    assert [[cells(section, n)[i] for i in places] for n in systems] == [["2", "0"], ["0", "0"]]

@@ -211,12 +211,25 @@ def test_score_only_scores_the_same_rows_beside_the_first_scoring(runs, capsys):
         evaluate.main(replace(runs.test, systems=systems, score_only=True))
 
 
+def test_the_flags_of_a_guard_reach_it(runs, world, capsys):
+    """Scored again by the toy's judge as what it is not; what differs from the default stands in
+    the folder's name, and in the report that the reasoning was shown.
+    """
+    again = replace(runs.test, score_only=True, judge=[world.judge], base_system="",
+                    judge_format="qwen3guard", judge_text="full")
+    evaluate.main(again)
+    out = capsys.readouterr().out
+    assert "answers; as qwen3guard it writes " in out
+    assert "float32, guards shown the reasoning.\n" in out
+    assert (runs.out / "test/scored-by-judge+full+qwen3guard/report.md").exists()
+
+
 def test_a_judge_of_another_protocol_is_said(runs, tmp_path, capsys):
     plain = tmp_path / "plain.jsonl"  # records without a target: judge `target` can say nothing
     write_jsonl(plain, [replace(r, target="") for r in read_jsonl(runs.test.prompts[0])[:6]])
     evaluate.main(replace(runs.test, systems=runs.test.systems[:1], prompts=[str(plain)],
                           out=str(tmp_path / "run"), refusal_system="", deliberative_system=""))
-    assert "judge target: no verdict on any of 6 answers; no record has" in capsys.readouterr().out
+    assert "judge target: no verdict on 6 of 6 answers; records have no" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
