@@ -184,11 +184,9 @@ def fit(cfg: Config, run: Path, traces: list[Record], held_out: list[Record], pl
     plan = plan_batches(lengths, cfg.batch_size, cfg.batch_tokens, cfg.seed, steps)
     announce(model, lengths, plan, getattr(teacher, "model", None))
     before = mean_nll(model, kept_out, place.device) if kept_out else None
-    trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(model, cfg.weight_decay)
     start = resume(run, model, optimizer)
-    bar = tqdm(range(start, steps), desc="phase 1", initial=start, total=steps,
-               disable=RANK > 0)
+    bar = tqdm(range(start, steps), desc="phase 1", initial=start, total=steps, disable=RANK > 0)
     for step in bar:
         rows = [examples[i] for micro in plan[step] for i in micro]
         n_ce, n_kl = sum(e.supervised for e in rows), max(1, sum(sum(e.kl) for e in rows))
@@ -204,7 +202,7 @@ def fit(cfg: Config, run: Path, traces: list[Record], held_out: list[Record], pl
             # sums, each divided once by its count in the step: every token weighs alike
             ((1 - w) * ce.sum() / n_ce + w * kl.sum() / n_kl).backward()
             sums += torch.stack((ce.sum(), kl.sum())).detach()
-        sum_over_ranks(trained, sums)
+        sum_over_ranks(optimizer, sums)
         ce_sum, kl_sum = sums.tolist()
         lr = learning_rate(step, steps, cfg.lr, cfg.warmup)
         norm = optimizer_step(optimizer, lr, cfg.clip, ce_sum + kl_sum,

@@ -241,7 +241,6 @@ def fit(cfg: Config, run: Path, mixture: list[Record], place: Place) -> None:
     announce(model, [len(e.ids) for e in examples], plan)
     weight = {GATE: cfg.gate_weight, REASONING: 1.0, ANSWER: 1.0}
     weight_of = torch.tensor([weight.get(role, 0.0) for role in range(4)], device=place.device)
-    trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(model, cfg.weight_decay)
     start = resume(run, model, optimizer)
     bar = tqdm(range(start, steps), desc=cfg.method, initial=start, total=steps, disable=RANK > 0)
@@ -259,7 +258,7 @@ def fit(cfg: Config, run: Path, mixture: list[Record], place: Place) -> None:
                                hidden, targets, weight_of[roles])  # (N,)
             (losses.sum() / total_weight).backward()  # divided once, by the weight of the step
             sums.index_add_(0, roles, losses.detach())
-        sum_over_ranks(trained, sums)
+        sum_over_ranks(optimizer, sums)
         loss, lr = sums.sum().item() / total_weight, learning_rate(step, steps, cfg.lr, cfg.warmup)
         where = f"step {step}, rows {', '.join(e.id for e in rows[:8])}"
         norm = optimizer_step(optimizer, lr, cfg.clip, loss, where)

@@ -31,12 +31,13 @@ def wait_for(file: Path) -> Path:
     return file
 
 
-def sum_over_ranks(parameters: list[Tensor], sums: Tensor) -> None:
-    """Add up over the ranks, in place: the parameters' gradients, and `sums`."""
+def sum_over_ranks(optimizer: torch.optim.Optimizer, sums: Tensor) -> None:
+    """Add up over the ranks, in place: the gradients, and `sums`."""
     if RANKS == 1:
         return
     if not dist.is_initialized():
         dist.init_process_group("nccl" if sums.is_cuda else "gloo", timeout=timedelta(days=1))
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for p in parameters:
         if p.grad is None:  # this rank had no row of the step
             p.grad = torch.zeros_like(p)

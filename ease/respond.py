@@ -44,9 +44,7 @@ def respond(model: CausalLM, tokenizer: Tokenizer, records: list[Record], sampli
 def read_kept(file: Path) -> list[Response]:
     """The responses that a stopped run has left. Its last line may be half a line: it is cut off.
     """
-    if not file.exists():
-        return []
-    whole = file.read_bytes().rpartition(b"\n")[0]
+    whole = file.read_bytes().rpartition(b"\n")[0] if file.exists() else b""
     write_text(file, whole.decode() + "\n" if whole else "")
     return read_responses(file) if whole else []
 

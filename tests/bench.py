@@ -45,9 +45,9 @@ def token_rows(seed: int, lengths: list[int]) -> list[list[int]]:
 
 
 def training_rows(cfg: dict) -> list[list[int]]:
-    """40 rows of 40 to 400 tokens, or cfg["rows"] of cfg["length"]."""
+    """cfg["rows"] rows of 40 to 400 tokens, or of cfg["length"] each."""
     rng = random.Random(7)
-    lengths = [rng.randint(40, 400) for _ in range(40)]
+    lengths = [rng.randint(40, 400) for _ in range(cfg["rows"])]
     rows = token_rows(7, [cfg["length"]] * cfg["rows"] if cfg["length"] else lengths)
     return sorted(rows, key=len) if cfg["variant"] == "grouped" else rows
 
@@ -369,7 +369,7 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--variant", nargs="+", help="only these (default: all of the work)")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=8, help="with --length: training rows")
+    parser.add_argument("--rows", type=int, default=40, help="training rows")
     parser.add_argument("--length", type=int, default=0, help="tokens of every training row")
     parser.add_argument("--wait", type=float, default=60, help="at most so many seconds")
     args = parser.parse_args()
