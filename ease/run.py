@@ -192,25 +192,30 @@ def open_run(cfg: RunFlags, inputs: list[str], place: tuple[torch.dtype, str]) -
     """Make the run folder cfg.out and write manifest.json first; or go on with a stopped run.
 
     A folder of another configuration or other code is never written to: the error says what
-    differs. An input "" is none.
+    differs. An input "" is none. Inputs are compared by hash; in a finished run, which shall say so
+    at once, files only: gigabytes of model folders by their names.
     """
     inputs = [p for p in inputs if p]
     for p in inputs:
         if not Path(p).exists():
             raise UserError(f"{p}: no such file or folder")
     run, file, script = Path(cfg.out), Path(cfg.out, "manifest.json"), script_of(cfg)
+    finished = (run / "done").exists()
     git = subprocess.run("git rev-parse HEAD", shell=True, cwd=ROOT, capture_output=True, text=True,
                          check=False)  # in a shell: no error where there is no git
     manifest = {
         "script": script, "config": asdict(cfg), "device": place[1], "dtype": str(place[0]),
-        "inputs": {p: sha256(p) for p in inputs}, "git": git.stdout.strip(),
+        "inputs": {p: sha256(p) for p in inputs if not finished or Path(p).is_file()},
+        "git": git.stdout.strip(),
         "python": platform.python_version(),
         "versions": {p: version(p) for p in ("torch", "safetensors", "tokenizers", "numpy")},
         "code": code_of(script),
     }
     if old := read_json(file):
+        if finished:
+            old["inputs"] = {p: d for p, d in old["inputs"].items() if not Path(p).is_dir()}
         manifest = same_run(cfg, old, manifest)
-    if not (run / "done").exists():
+    if not finished:
         start_clock(run)  # before anything is written: it looks when that last happened
         write_text(file, json.dumps(manifest, indent=2) + "\n")
     return run

@@ -143,6 +143,23 @@ def test_a_run_folder_belongs_to_one_configuration(tmp_path):
     assert not (tmp_path / "other").exists()  # a mended flag may still use the folder
 
 
+def test_a_finished_run_hashes_no_model(tmp_path, monkeypatch):
+    """It says at once that it is finished; files are compared all the same."""
+    data, model, folder = tmp_path / "data", tmp_path / "m", str(tmp_path / "r")
+    data.write_text("1"), model.mkdir(), (model / "a.safetensors").write_text("w")
+    hashed, real = [], run.sha256
+    monkeypatch.setattr(run, "sha256", lambda p: hashed.append(str(p)) or real(p))
+    made = open_run(Config(out=folder), [str(data), str(model)], FP32)
+    assert hashed == [str(data), str(model)]
+    (made / "done").write_text("{}")
+    hashed.clear()
+    open_run(Config(out=folder), [str(data), str(model)], FP32)
+    assert hashed == [str(data)] and str(model) in (made / "manifest.json").read_text()
+    data.write_text("2")
+    with pytest.raises(UserError, match="data"):
+        open_run(Config(out=folder), [str(data), str(model)], FP32)
+
+
 def test_what_cannot_change_the_result_may_change(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("data").write_text("1")
