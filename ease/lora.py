@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ease.config import positive
 from ease.tokenizer_files import read_json
-from ease.model import CausalLM
+from ease.model import CausalLM, Linear, linear
 from ease.records import UserError, write_text
 
 PREFIX = "base_model.model."  # PEFT's; keys without it would load "successfully" into nothing
@@ -49,7 +49,7 @@ class LoRALinear(nn.Linear):
         """
         low = self.scale * F.linear(x, self.lora_A.weight.to(x.dtype))  # (..., r), the smallest
         update = F.linear(low, self.lora_B.weight.to(x.dtype))  # (..., out)
-        return F.linear(x, self.weight, self.bias) + update
+        return linear(x, self.weight, self.bias) + update
 
     def delta(self) -> Tensor:
         """s B A, (out, in)."""
@@ -111,7 +111,7 @@ def add_lora(model: CausalLM, rank: int, alpha: float, targets: str | list[str],
 def merge_lora(model: CausalLM) -> CausalLM:
     """Add every update to its weight and put plain linear layers back, in place."""
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear)]:
-        plain = nn.Linear(layer.in_features, layer.out_features, device="meta")
+        plain = Linear(layer.in_features, layer.out_features, device="meta")
         merged = (layer.weight.float() + layer.delta()).to(layer.weight.dtype)
         plain.weight, plain.bias = nn.Parameter(merged.detach(), requires_grad=False), layer.bias
         model.set_submodule(name, plain)

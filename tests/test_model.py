@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ease.model import KVCache, rope_frequencies
+from ease.model import KVCache, rope_frequencies, linear
 from ease.records import UserError
 from tests.tiny import VOCAB, tiny_model
 
@@ -163,3 +163,17 @@ def test_gradient_checkpointing_changes_nothing():
     assert kept[1] < kept[0] / 2
     for a, b in zip(*found):
         assert torch.allclose(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 256, 257])
+@pytest.mark.parametrize("biased", [True, False])
+def test_linear(dtype, atol, rows, biased):
+    """The same product whichever way it is computed."""
+    g = torch.Generator().manual_seed(0)
+    x, w, b = (torch.randn(s, generator=g).to(dtype) for s in ((rows, 30), (48, 30), (48,)))
+    b = b if biased else None
+    wanted = torch.nn.functional.linear(x.double(), w.double(), b.double() if biased else None)
+    with torch.inference_mode():
+        assert torch.allclose(linear(x, w, b).double(), wanted, atol=atol, rtol=0.01)
+    assert torch.allclose(linear(x, w, b).double(), wanted, atol=atol, rtol=0.01)
