@@ -17,12 +17,13 @@ from typing import NamedTuple
 
 import torch
 
+from ease.compare import compare
 from ease.generate import Sampling
 from ease.judge import judge_model, load_judge
 from ease.loading import Place, load_model, load_tokenizer, pick_place, resolve
 from ease.lora import merge_lora
 from ease.readers import read_named
-from ease.records import (Record, Response, UserError, read_jsonl, read_responses,
+from ease.records import (Record, Response, UserError, read_jsonl, read_lines, read_responses,
                           response_to_dict, write_jsonl, write_text)
 from ease.report import glance, markdown_report
 from ease.respond import respond
@@ -36,7 +37,7 @@ from ease.sweep import sweep, sweep_section
 class Config(RunFlags):
     """The flags of an evaluation."""
 
-    systems: list[str]  # NAME=MODEL or NAME=MODEL+ADAPTER
+    systems: list[str] = ()  # NAME=MODEL or NAME=MODEL+ADAPTER
     out: str = ""  # the run folder; the same command goes on with a stopped run
     prompts: list[str] = ()  # records to answer; `response` is the reference answer, if any
     judge: list[str] = ("xstest", "jailbreakbench")  # refusal lists, target, guard models; the
@@ -54,6 +55,8 @@ class Config(RunFlags):
     gate_sweep: str = ""  # NAME of a system to answer twice, forced to reason and forced not to
     token_budget: float = 0.0  # with --gate_sweep: tokens a response of the threshold (0 = any)
     score_only: bool = False  # score the rows of --out with these judges, in a folder beside them
+    compare: list[str] = ()  # A B: is the difference chance? Two of the --systems; without them
+    #   two finished runs, RUN (of one system) or RUN/NAME: printed
     ask: str = ""  # print every system's response to this text and stop
 
 
@@ -67,7 +70,7 @@ class System(NamedTuple):
 def parse_systems(specs: list[str]) -> dict[str, System]:
     """NAME=MODEL[+ADAPTER] -> {name: system}. A '+' inside a path that exists is part of it."""
     systems = {}
-    for spec in specs:
+    for spec in specs or [""]:
         name, equals, where = spec.partition("=")
         if not (equals and where and re.fullmatch(r"[\w.-]+", name)):
             raise UserError(f"--systems {spec!r}: expected NAME=MODEL or NAME=MODEL+ADAPTER, the "
@@ -88,6 +91,8 @@ def check_flags(cfg: Config, systems: dict[str, System]) -> None:
     for flag in ("base_system", "refusal_system", "deliberative_system", "gate_sweep"):
         if (name := getattr(cfg, flag)) and name not in systems:
             raise UserError(f"--{flag} {name!r} is none of the --systems ({', '.join(systems)})")
+    if cfg.compare and (len(cfg.compare) != 2 or set(cfg.compare) - set(systems)):
+        raise UserError(f"--compare: expected two of the --systems ({', '.join(systems)})")
     if cfg.token_budget and not cfg.gate_sweep:
         raise UserError("--token_budget is for choosing a threshold: it needs --gate_sweep NAME")
     if cfg.score_only:
@@ -242,7 +247,23 @@ def ask(cfg: Config, systems: dict[str, System], place: Place) -> None:
         print(f"--- {name}\n{response.text}")
 
 
+def finished(where: str, judge: str) -> list[Response]:
+    """The responses, with verdicts, of a finished run: RUN (of one system) or RUN/NAME."""
+    alone = (Path(where) / "rows.jsonl").exists()
+    file = (Path(where) if alone else Path(where).parent) / "rows.jsonl"
+    names = [row["system"] for _, row in read_lines(file)] if file.exists() else []
+    name = "".join(set(names)) if alone else Path(where).name
+    found = [r for n, r in zip(names, names and read_responses(file)) if n == name]
+    if not found or judge not in found[0].verdicts:
+        raise UserError(f"--compare {where}: no RUN (of one system) or RUN/NAME with verdicts by "
+                        f"{judge}; systems there: {', '.join(sorted(set(names))) or 'none'}")
+    return found
+
+
 def main(cfg: Config) -> None:
+    if len(cfg.compare) == 2 and not cfg.systems:
+        print(compare(*(finished(c, cfg.judge[0]) for c in cfg.compare), cfg.judge[0], cfg.seed))
+        return
     systems, place = parse_systems(cfg.systems), pick_place(cfg)
     if cfg.ask:
         ask(cfg, systems, place)
@@ -270,8 +291,7 @@ def main(cfg: Config) -> None:
                  for name in systems}
     forced = [answers_of(cfg.gate_sweep, f"{cfg.gate_sweep}+{label}", threshold) for
               label, threshold in (("opened", 0.0), ("direct", 2.0))] if cfg.gate_sweep else []
-    everyone = [r for found in [*by_system.values(), *forced] for r in found]
-    add_verdicts(everyone, cfg.judge, place)
+    add_verdicts([r for found in [*by_system.values(), *forced] for r in found], cfg.judge, place)
     if cfg.base_system:
         mark_vulnerable(by_system, cfg.base_system, cfg.judge[0])
     write_jsonl(out / "rows.jsonl", [{"system": name, **response_to_dict(r)}
@@ -280,6 +300,9 @@ def main(cfg: Config) -> None:
     if forced:
         gate = sweep(cfg.gate_sweep, *forced, by_system, cfg.judge[0], cfg.token_budget)
         summary["gate"], more = gate, sweep_section(gate)
+    if cfg.compare:
+        more += "\n## {} (A) against {} (B)\n\n".format(*cfg.compare) + compare(
+            *map(by_system.get, cfg.compare), cfg.judge[0], cfg.seed)
     write_text(out / "summary.json", json.dumps(summary, indent=2, default=asdict) + "\n")
     write_text(out / "report.md", markdown_report(summary, more))
     print(glance(summary))
