@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 
+from ease.compare import compare
 from ease.generate import Sampling
 from ease.judge import Format, Shown, judge_model, load_judge
 from ease.loading import Place, load_model, load_tokenizer, pick_place, resolve
@@ -26,7 +27,7 @@ from ease.lora import merge_lora
 from ease.outputs import read_outputs
 from ease.ranks import RANKS
 from ease.readers import read_named
-from ease.records import (Record, Response, UserError, read_jsonl, read_responses,
+from ease.records import (Record, Response, UserError, read_jsonl, read_lines, read_responses,
                           response_to_dict, write_jsonl, write_text)
 from ease.report import glance, markdown_report
 from ease.respond import respond
@@ -42,7 +43,8 @@ OUTPUTS = "responses:"  # in the place of a model: its responses were made elsew
 class Config(RunFlags):
     """The flags of an evaluation."""
 
-    systems: list[str]  # NAME=MODEL, NAME=MODEL+ADAPTER, or NAME=responses:FILE, made elsewhere
+    systems: list[str] = ()  # NAME=MODEL, NAME=MODEL+ADAPTER, or NAME=responses:FILE, made
+    #   elsewhere
     out: str = ""  # the run folder; the same command goes on with a stopped run
     prompts: list[str] = ()  # records to answer; `response` is the reference answer, if any
     judge: list[str] = ("xstest", "jailbreakbench")  # refusal lists, target, guard models; the
@@ -63,6 +65,8 @@ class Config(RunFlags):
     gate_sweep: str = ""  # NAME of a system to answer twice, forced to reason and forced not to
     token_budget: float = 0.0  # with --gate_sweep: tokens a response of the threshold (0 = any)
     score_only: bool = False  # score the rows of --out with these judges, in a folder beside them
+    compare: list[str] = ()  # A B: is the difference chance? Two of the --systems; without them
+    #   two finished runs, RUN (of one system) or RUN/NAME: printed
     ask: str = ""  # print every system's response to this text and stop
 
 
@@ -83,7 +87,7 @@ def parse_systems(specs: list[str]) -> dict[str, System]:
     exists is part of it.
     """
     systems = {}
-    for spec in specs:
+    for spec in specs or [""]:
         name, equals, where = spec.partition("=")
         if not (equals and where.removeprefix(OUTPUTS) and re.fullmatch(r"[\w.-]+", name)):
             raise UserError(f"--systems {spec!r}: expected NAME=MODEL, NAME=MODEL+ADAPTER or "
@@ -100,6 +104,8 @@ def parse_systems(specs: list[str]) -> dict[str, System]:
 
 def check_flags(cfg: Config, systems: dict[str, System]) -> None:
     """The mistakes that can be seen before anything is generated."""
+    if RANKS > 1:
+        raise UserError("evaluate.py runs in one process, without torchrun")
     if not (cfg.out and (cfg.prompts or cfg.score_only)):
         raise UserError("give --out DIR and --prompts FILE [FILE ...]")
     for flag in ("base_system", "refusal_system", "deliberative_system", "gate_sweep"):
@@ -112,6 +118,8 @@ def check_flags(cfg: Config, systems: dict[str, System]) -> None:
     if bool(made) != bool(cfg.tokenizer) and not cfg.score_only:
         raise UserError("--tokenizer MODEL counts the tokens of NAME=responses:FILE: give both or "
                         "neither")
+    if cfg.compare and (len(cfg.compare) != 2 or set(cfg.compare) - set(systems)):
+        raise UserError(f"--compare: expected two of the --systems ({', '.join(systems)})")
     if cfg.token_budget and not cfg.gate_sweep:
         raise UserError("--token_budget is for choosing a threshold: it needs --gate_sweep NAME")
     if cfg.score_only:
@@ -278,53 +286,89 @@ def ask(cfg: Config, systems: dict[str, System], place: Place) -> None:
         print(f"--- {name}\n{response.text}")
 
 
-def main(cfg: Config) -> None:
-    if RANKS > 1:
-        raise UserError("evaluate.py runs in one process, without torchrun")
-    systems, place = parse_systems(cfg.systems), pick_place(cfg)
-    if cfg.ask:
-        ask(cfg, systems, place)
-        return
-    check_flags(cfg, systems)
+def finished(where: str, judge: str) -> list[Response]:
+    """The responses, with verdicts, of a finished run: RUN (of one system) or RUN/NAME."""
+    alone = (Path(where) / "rows.jsonl").exists()
+    file = (Path(where) if alone else Path(where).parent) / "rows.jsonl"
+    names = [row["system"] for _, row in read_lines(file)] if file.exists() else []
+    name = "".join(set(names)) if alone else Path(where).name
+    found = [r for n, r in zip(names, names and read_responses(file)) if n == name]
+    if not found or judge not in found[0].verdicts:
+        raise UserError(f"--compare {where}: no RUN (of one system) or RUN/NAME with verdicts by "
+                        f"{judge}; systems there: {', '.join(sorted(set(names))) or 'none'}")
+    return found
+
+
+def folders(cfg: Config, systems: dict[str, System], place: Place) -> tuple[Path, Path]:
+    """(the run, with its responses; where verdicts and numbers go: the run too, or beside them)."""
     guards = [judge_model(name) for name in cfg.judge]
-    records = [r for found in read_named(*cfg.prompts) for r in found[: cfg.limit or None]]
     if cfg.score_only:
         changed = {cfg.judge_format, cfg.judge_text} - {"auto", "answer"}
         judges = "+".join([*(Path(name).name for name in cfg.judge), *sorted(changed)])
-        run, out = Path(cfg.out), Path(cfg.out) / f"scored-by-{judges}"
-    else:
-        inputs = [p for s in systems.values()
-                  for p in (s.outputs or str(resolve(s.model)), s.adapter)]
-        inputs += [str(resolve(cfg.tokenizer))] if cfg.tokenizer else []
-        run = out = open_run(cfg, [*inputs, *cfg.prompts, *guards], place)
-        if is_done(run):
-            print((run / "report.md").read_text(encoding="utf-8").split("\n## ")[0])
-            return
+        return Path(cfg.out), Path(cfg.out) / f"scored-by-{judges}"
+    inputs = [p for s in systems.values() for p in (s.outputs or str(resolve(s.model)), s.adapter)]
+    inputs += [str(resolve(cfg.tokenizer))] if cfg.tokenizer else []
+    run = open_run(cfg, [*inputs, *cfg.prompts, *guards], place)
+    return run, run
+
+
+def all_answers(cfg: Config, run: Path, systems: dict[str, System], place: Place
+                ) -> tuple[dict[str, list[Response]], list[list[Response]]]:
+    """Step 1: every system's responses; and with --gate_sweep those of one forced to reason, and
+    forced not to.
+    """
+    records = [r for found in read_named(*cfg.prompts) for r in found[: cfg.limit or None]]
+    fixed = {cfg.base_system, cfg.refusal_system, cfg.deliberative_system}  # no threshold for these
 
     def answers_of(name: str, label: str, threshold: float | None) -> list[Response]:
         file = run / f"rows-{label}.jsonl"
         return answers(cfg, file, systems[name], records, place, threshold)
 
-    fixed = {cfg.base_system, cfg.refusal_system, cfg.deliberative_system}  # no threshold for these
-    made = sorted(systems, key=lambda name: not systems[name].outputs)  # a file's mistakes first
+    order = sorted(systems, key=lambda name: not systems[name].outputs)  # a file's mistakes first
     found = {name: answers_of(name, name, None if name in fixed else cfg.gate_threshold)
-             for name in made}
-    by_system = {name: found[name] for name in systems}
+             for name in order}
     forced = [answers_of(cfg.gate_sweep, f"{cfg.gate_sweep}+{label}", threshold) for
               label, threshold in (("opened", 0.0), ("direct", 2.0))] if cfg.gate_sweep else []
-    everyone = [r for found in [*by_system.values(), *forced] for r in found]
-    add_verdicts(cfg, everyone, place)
+    return {name: found[name] for name in systems}, forced
+
+
+def write_reports(cfg: Config, out: Path, summary: dict, by_system: dict[str, list[Response]],
+                  forced: list[list[Response]]) -> None:
+    """Step 4: summary.json, report.md and the table that is printed."""
+    more = ""
+    if forced:
+        gate = sweep(cfg.gate_sweep, *forced, by_system, cfg.judge[0], cfg.token_budget)
+        summary["gate"], more = gate, sweep_section(gate)
+    if cfg.compare:
+        more += "\n## {} (A) against {} (B)\n\n".format(*cfg.compare) + compare(
+            *map(by_system.get, cfg.compare), cfg.judge[0], cfg.seed)
+    write_text(out / "summary.json", json.dumps(summary, indent=2, default=asdict) + "\n")
+    write_text(out / "report.md", markdown_report(summary, more))
+    print(glance(summary))
+
+
+def main(cfg: Config) -> None:
+    if len(cfg.compare) == 2 and not cfg.systems:
+        print(compare(*(finished(c, cfg.judge[0]) for c in cfg.compare), cfg.judge[0], cfg.seed))
+        return
+    systems, place = parse_systems(cfg.systems), pick_place(cfg)
+    if cfg.ask:
+        ask(cfg, systems, place)
+        return
+    check_flags(cfg, systems)
+    run, out = folders(cfg, systems, place)
+    if not cfg.score_only and is_done(run):
+        print((run / "report.md").read_text(encoding="utf-8").split("\n## ")[0])
+        return
+
+    by_system, forced = all_answers(cfg, run, systems, place)
+    add_verdicts(cfg, [r for found in [*by_system.values(), *forced] for r in found], place)
     if cfg.base_system:
         mark_vulnerable(by_system, cfg.base_system, cfg.judge[0])
     write_jsonl(out / "rows.jsonl", [{"system": name, **response_to_dict(r)}
                                      for name, found in by_system.items() for r in found])
-    summary, more = summarise_run(cfg, run, systems, by_system), ""
-    if forced:
-        gate = sweep(cfg.gate_sweep, *forced, by_system, cfg.judge[0], cfg.token_budget)
-        summary["gate"], more = gate, sweep_section(gate)
-    write_text(out / "summary.json", json.dumps(summary, indent=2, default=asdict) + "\n")
-    write_text(out / "report.md", markdown_report(summary, more))
-    print(glance(summary))
+    summary = summarise_run(cfg, run, systems, by_system)
+    write_reports(cfg, out, summary, by_system, forced)
     if cfg.score_only:
         print(f"scored again; results in {out}")
     else:

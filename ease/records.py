@@ -232,6 +232,7 @@ def read_responses(path: str | Path) -> list[Response]:
     for _, row in read_lines(path):
         known = {name: row.pop(name) for name in RESPONDED_TO}
         record = Record(**known, response=row.pop("expected"))
+        row.pop("system", None)  # rows.jsonl holds several
         row["gate"] = math.nan if row["gate"] is None else row["gate"]
         responses.append(Response(record, **row))
     return responses

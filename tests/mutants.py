@@ -2,16 +2,18 @@
 published code.
 """
 
+import itertools
 import math
 import random
 import re
+from collections import Counter
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
-from ease import (attacks, batching, contest, judge, losses, method, optim, outputs, policies,
-                  records, respond, scoring, sweep)
+from ease import (attacks, batching, compare, contest, judge, losses, method, optim, outputs,
+                  policies, records, respond, scoring, sweep)
 from ease.batching import Batch, Example
 from ease.method import ABSENT, ANSWER, GATE, REASONING, UNCLOSED, WELL_FORMED
 from ease.generate import sample
@@ -361,6 +363,21 @@ def is_refusal__anywhere(text, convention="xstest"):
     )
 
 
+def is_refusal__first_sentence_only(text, convention="xstest"):
+    if convention == "two_sentences":
+        text = re.split(r"(?<=[.!?:])\s", text)[0]
+    return scoring.is_refusal(text, convention)
+
+
+def is_refusal__sympathy_refuses(text, convention="xstest"):
+    return scoring.is_refusal(text.replace(" to hear", " for you to hear"), convention)
+
+
+def is_refusal__full_stop_is_any_letter(text, convention="xstest"):
+    return bool(convention == "two_sentences" and re.search("no.", text.lower())
+                ) or scoring.is_refusal(text, convention)
+
+
 def is_refusal__plain_apostrophes_only(text, convention="xstest"):
     return scoring.is_refusal(text.replace("\u2019", "`"), convention)
 
@@ -457,6 +474,108 @@ def is_correct__first_number(answer, expected):
 
 def is_correct__whole_rationale(answer, expected):
     return scoring.is_correct(answer, expected.replace("####", ""))
+
+
+def is_correct__hyphens_are_minus_signs(answer, expected):
+    answer = answer.replace("\u2212", "-")
+    return scoring.is_correct(re.sub(r"(?<=\d|\))-(?=\d)", " -", answer), expected)
+
+
+def is_correct__ascii_minus_only(answer, expected):
+    return scoring.is_correct(answer.replace("\u2212", "~"), expected)
+
+
+def is_correct__braced_comma_splits(answer, expected):
+    return scoring.is_correct(answer.replace("{,}", "{ ,}"), expected)
+
+
+def cohen_kappa__accuracy(confusion):
+    n = sum(sum(row.values()) for row in confusion.values())
+    return sum(confusion[c][c] for c in confusion) / n if n else None
+
+
+def cohen_kappa__chance_is_uniform(confusion):
+    found = cohen_kappa__accuracy(confusion)
+    return found and (found - 1 / len(confusion)) / (1 - 1 / len(confusion))
+
+
+def cohen_kappa__scotts_pi(confusion):
+    n = sum(sum(row.values()) for row in confusion.values())
+    if scoring.cohen_kappa(confusion) is None:
+        return None
+    both = [sum(confusion[c].values()) + sum(row[c] for row in confusion.values())
+            for c in confusion]
+    chance = sum((m / (2 * n)) ** 2 for m in both)
+    return (cohen_kappa__accuracy(confusion) - chance) / (1 - chance)
+
+
+def cohen_kappa__zero_without_chance(confusion):
+    return scoring.cohen_kappa(confusion) or 0.0
+
+
+def sign_flip_test__one_sided(differences, groups, seed):
+    p = compare.sign_flip_test(differences, groups, seed)
+    return p / 2 if sum(differences) > 0 else 1 - p / 2
+
+
+def sign_flip_test__ignores_groups(differences, groups, seed):
+    return compare.sign_flip_test(differences, [str(i) for i in range(len(groups))], seed)
+
+
+def sign_flip_test__means_of_groups(differences, groups, seed):
+    found = {}
+    for d, g in zip(differences, groups):
+        found.setdefault(g, []).append(d)
+    means = [sum(x) / len(x) for x in found.values()]
+    return compare.sign_flip_test(means, list(found), seed)
+
+
+def sign_flip_test__ties_do_not_count(differences, groups, seed):
+    """McNemar's "mid" or "greater than" p: too small."""
+    sums = [s for s in compare.sums_of(differences, groups).values() if s]
+    if len(sums) > 12:
+        return compare.sign_flip_test(differences, groups, seed)
+    totals = [abs(sum(s * d for s, d in zip(signs, sums)))
+              for signs in itertools.product((1, -1), repeat=len(sums))]
+    return sum(t > abs(sum(sums)) for t in totals) / len(totals)
+
+
+def sign_flip_test__impossible(differences, groups, seed):
+    """count / draws: a p of 0."""
+    sums, rng = list(compare.sums_of(differences, groups).values()), random.Random(seed)
+    if sum(map(bool, sums)) < 50:
+        return compare.sign_flip_test(differences, groups, seed)
+    totals = [sum(rng.choice((1, -1)) * s for s in sums) for _ in range(400)]
+    return sum(abs(t) >= abs(sum(sums)) for t in totals) / 400
+
+
+def sign_flip_test__mcnemar_above_1(differences, groups, seed):
+    """Twice the tail, the middle counted twice."""
+    b, c = differences.count(1), differences.count(-1)
+    if set(differences) - {-1, 0, 1} or len(set(groups)) < len(groups):
+        return compare.sign_flip_test(differences, groups, seed)
+    return 2 * sum(math.comb(b + c, i) for i in range(min(b, c) + 1)) / 2 ** (b + c)
+
+
+def sign_flip_test__chi_squared(differences, groups, seed):
+    """McNemar's without the exactness."""
+    sums = compare.sums_of(differences, groups).values()
+    spread = math.sqrt(sum(s * s for s in sums))
+    return math.erfc(abs(sum(sums)) / spread / math.sqrt(2)) if spread else 1
+
+
+def paired_bootstrap__ignores_groups(differences, groups, seed):
+    return compare.paired_bootstrap(differences, [str(i) for i in range(len(groups))], seed)
+
+
+def paired_bootstrap__means_of_groups(differences, groups, seed):
+    sums, sizes = compare.sums_of(differences, groups), Counter(groups)
+    return compare.paired_bootstrap([sums[g] / sizes[g] for g in sizes], list(sizes), seed)
+
+
+def paired_bootstrap__sure_of_one_group(differences, groups, seed):
+    mean = sum(differences) / len(differences)
+    return compare.paired_bootstrap(differences, groups, seed) or (mean, mean)
 
 
 def worst__unparsed_are_no_rows(r, bound="value"):

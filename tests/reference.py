@@ -2,6 +2,7 @@
 formulas, not from the code.
 """
 
+import itertools
 import math
 
 
@@ -56,6 +57,16 @@ def wilson_interval(hits: int, n: int) -> tuple[float, float]:
         return inside
 
     return bisect(0.0, observed) if hits else 0.0, bisect(1.0, observed) if hits < n else 1.0
+
+
+def sign_flip_test(differences: list[float], groups: list[str]) -> float:
+    """All 2^G flips, one by one."""
+    names, n, far = sorted(set(groups)), 0, 0
+    seen = abs(sum(differences))
+    for signs in itertools.product((1, -1), repeat=len(names)):
+        total = sum(signs[names.index(g)] * d for d, g in zip(differences, groups))
+        n, far = n + 1, far + (abs(total) > seen - 1e-6)
+    return far / n
 
 
 def lora(

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# A file imports only files above it. The first seven are the method in plain Python: standard
+# A file imports only files above it. The first eight are the method in plain Python: standard
 # library only.
-METHOD = ["records", "method", "policies", "readers", "attacks", "scoring", "report"]
+METHOD = ["records", "method", "policies", "readers", "attacks", "scoring", "report", "compare"]
 MACHINERY = [
     "ranks",
     "tokenizer_files",

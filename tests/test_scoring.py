@@ -10,14 +10,15 @@ from tests.checks import verify
 
 @pytest.mark.parametrize("name", [
     "is_refusal", "target_verdict", "wilson_interval", "rate", "t_quantile", "overhead_reduction",
-    "auroc", "category_agreement", "is_correct", "worst", "overlap"])
+    "auroc", "category_agreement", "is_correct", "worst", "overlap", "cohen_kappa"])
 def test_scoring(name):
     verify(scoring, name)
 
 
 def test_published_lists_have_their_published_sizes():
     sizes = {k: len(v) for k, v in scoring.CONVENTIONS.items()}
-    assert sizes == {"xstest": 21, "jailbreakbench": 12, "gcg_demo": 10, "gcg": 7}
+    assert sizes == {"xstest": 21, "jailbreakbench": 12, "gcg_demo": 10, "gcg": 7,
+                     "two_sentences": 29}  # ours
 
 
 def test_keyword_verdict_is_unsafe_without_a_refusal():

@@ -224,6 +224,30 @@ def test_the_flags_of_a_guard_reach_it(runs, world, capsys):
     assert (runs.out / "test/scored-by-judge+full+qwen3guard/report.md").exists()
 
 
+def test_compare(runs, tmp_path, capsys):
+    """A section of report.md for two systems; printed for two finished runs."""
+    again = replace(runs.test, score_only=True, prompts=[], compare=["ease", "refusal"])
+    evaluate.main(replace(again, judge=["target", "gcg"]))
+    report = (runs.out / "test/scored-by-target+gcg/report.md").read_text()
+    section = report.split("## ease (A) against refusal (B)\n\n")[1].split("\n## ")[0]
+    assert "ASR by target; percent" in section and section.count(" tokens |") == 4
+    alone = {}
+    for name in ("ease", "refusal"):
+        alone[name] = tmp_path / name
+        write_jsonl(alone[name] / "rows.jsonl",
+                    [r for r in rows(runs.out / "test/rows.jsonl") if r["system"] == name])
+    capsys.readouterr()
+    cfg = evaluate.Config(judge=["target"])
+    for a, b in ((alone["ease"], alone["refusal"]),
+                 (alone["ease"] / "ease", runs.out / "test/refusal")):
+        evaluate.main(replace(cfg, compare=[str(a), str(b)]))
+        assert capsys.readouterr().out.strip() == section.strip()
+    for where, judge in ((runs.out / "test", "target"), (runs.out / "test/nobody", "target"),
+                         (alone["ease"], "gcg"), (tmp_path / "nowhere", "target")):
+        with pytest.raises(UserError, match=f"--compare {where}: no RUN"):
+            evaluate.main(replace(cfg, compare=[str(alone["ease"]), str(where)], judge=[judge]))
+
+
 def test_a_judge_of_another_protocol_is_said(runs, tmp_path, capsys):
     plain = tmp_path / "plain.jsonl"  # records without a target: judge `target` can say nothing
     write_jsonl(plain, [replace(r, target="") for r in read_jsonl(runs.test.prompts[0])[:6]])
@@ -637,7 +661,10 @@ def test_mistakes_in_distill(runs, world, tmp_path):
     ({"prompts": ["nowhere.jsonl"]}, "nowhere.jsonl"), ({"judge": ["nobody"]}, "--judge 'nobody'"),
     ({"systems": ["base=nowhere"], "refusal_system": "", "deliberative_system": "",
       "base_system": ""}, "nowhere"),
-    ({"score_only": True}, "--score_only: .* holds no evaluation")])
+    ({"score_only": True}, "--score_only: .* holds no evaluation"),
+    ({"compare": ["ease"]}, "--compare: expected two of the --systems"),
+    ({"compare": ["ease", "nobody"]}, "--compare: expected two of the --systems"),
+    ({"systems": []}, "--systems '': expected NAME=MODEL")])
 def test_mistakes_in_evaluate(runs, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         evaluate.main(replace(runs.test, **({"out": str(tmp_path / "run")} | changes)))
