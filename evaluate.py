@@ -312,12 +312,11 @@ def folders(cfg: Config, systems: dict[str, System], place: Place) -> tuple[Path
     return run, run
 
 
-def all_answers(cfg: Config, run: Path, systems: dict[str, System], place: Place
-                ) -> tuple[dict[str, list[Response]], list[list[Response]]]:
+def all_answers(cfg: Config, run: Path, systems: dict[str, System], records: list[Record],
+                place: Place) -> tuple[dict[str, list[Response]], list[list[Response]]]:
     """Step 1: every system's responses; and with --gate_sweep those of one forced to reason, and
     forced not to.
     """
-    records = [r for found in read_named(*cfg.prompts) for r in found[: cfg.limit or None]]
     fixed = {cfg.base_system, cfg.refusal_system, cfg.deliberative_system}  # no threshold for these
 
     def answers_of(name: str, label: str, threshold: float | None) -> list[Response]:
@@ -356,12 +355,13 @@ def main(cfg: Config) -> None:
         ask(cfg, systems, place)
         return
     check_flags(cfg, systems)
-    run, out = folders(cfg, systems, place)
+    records = [r for found in read_named(*cfg.prompts) for r in found[: cfg.limit or None]]
+    run, out = folders(cfg, systems, place)  # after the prompts: a mistake there leaves no folder
     if not cfg.score_only and is_done(run):
         print((run / "report.md").read_text(encoding="utf-8").split("\n## ")[0])
         return
 
-    by_system, forced = all_answers(cfg, run, systems, place)
+    by_system, forced = all_answers(cfg, run, systems, records, place)
     add_verdicts(cfg, [r for found in [*by_system.values(), *forced] for r in found], place)
     if cfg.base_system:
         mark_vulnerable(by_system, cfg.base_system, cfg.judge[0])
