@@ -13,7 +13,8 @@
 import json
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from ease.judge import Format, Shown, judge_model, load_judge
 from ease.loading import Place, load_model, load_tokenizer, pick_place, resolve
 from ease.lora import merge_lora
 from ease.outputs import read_outputs
+from ease.prefill import WHERE, forced_ids, prefill_section, prefill_table
 from ease.ranks import RANKS
 from ease.readers import read_named
 from ease.records import (Record, Response, UserError, read_jsonl, read_lines, read_responses,
@@ -63,6 +65,8 @@ class Config(RunFlags):
     gate_threshold: float | None = None  # reason where g(q) >= this: 0 = always, above 1 = never;
     #   not for the three named systems above, nor for responses made elsewhere
     gate_sweep: str = ""  # NAME of a system to answer twice, forced to reason and forced not to
+    prefill: list[int] = ()  # ASR of harmful prompts behind the first k tokens of an opening, for
+    #   every k given (0 2 5 10); judged by the first judge but target
     token_budget: float = 0.0  # with --gate_sweep: tokens a response of the threshold (0 = any)
     score_only: bool = False  # score the rows of --out with these judges, in a folder beside them
     compare: list[str] = ()  # A B: is the difference chance? Two of the --systems; without them
@@ -120,6 +124,9 @@ def check_flags(cfg: Config, systems: dict[str, System]) -> None:
                         "neither")
     if cfg.compare and (len(cfg.compare) != 2 or set(cfg.compare) - set(systems)):
         raise UserError(f"--compare: expected two of the --systems ({', '.join(systems)})")
+    if cfg.prefill and (min(cfg.prefill) < 0 or set(cfg.judge) == {"target"}):
+        raise UserError("--prefill: k from 0 on, and a --judge besides target, which would look for "
+                        "the opening itself")
     if cfg.token_budget and not cfg.gate_sweep:
         raise UserError("--token_budget is for choosing a threshold: it needs --gate_sweep NAME")
     if cfg.score_only:
@@ -141,8 +148,10 @@ def load_system(system: System, place: Place):
 
 
 def answers(cfg: Config, file: Path, system: System, records: list[Record], place: Place,
-            threshold: float | None) -> list[Response]:
-    """Step 1: one system's responses, made here or read. A stage: `file`."""
+            threshold: float | None, begun: tuple[str, int] | None = None) -> list[Response]:
+    """Step 1: one system's responses, made here or read. A stage: `file`. begun: (where, k) of
+    prefill.forced_ids.
+    """
     if not file.exists() and not cfg.score_only:
         kept = file.with_suffix(".kept")
         if system.outputs:
@@ -151,8 +160,9 @@ def answers(cfg: Config, file: Path, system: System, records: list[Record], plac
             sampling = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.seed)
             model, tokenizer = load_system(system, place)
             label = file.stem.removeprefix("rows-")
+            forced = [forced_ids(tokenizer, r, *begun) for r in records] if begun else None
             responses = respond(model, tokenizer, records, sampling, cfg.slots, label, threshold,
-                                kept=kept)
+                                kept=kept, forced=forced)
         write_jsonl(file, map(response_to_dict, responses))
         kept.unlink(missing_ok=True)
     return read_responses(file)
@@ -331,13 +341,31 @@ def all_answers(cfg: Config, run: Path, systems: dict[str, System], records: lis
     return {name: found[name] for name in systems}, forced
 
 
+def prefilled(cfg: Config, run: Path, systems: dict[str, System],
+              by_system: dict[str, list[Response]], place: Place) -> list[dict]:
+    """--prefill: prefill.prefill_table of every system that can be asked. Stages."""
+    [judge, *_] = [name for name in cfg.judge if name != "target"]
+    found = {}
+    for (name, system), where, k in product(systems.items(), WHERE, cfg.prefill):
+        if system.outputs:
+            continue
+        harmful = [r for r in by_system[name] if r.record.harmful]
+        if k or where != "direct":
+            file = run / f"rows-{name}+{where.replace(' ', '-')}-{k}.jsonl"
+            harmful = answers(cfg, file, system, [r.record for r in harmful], place, None,
+                              (where, k))
+        found[name, where, k] = harmful
+    add_verdicts(replace(cfg, judge=[judge]), [r for rs in found.values() for r in rs], place)
+    return prefill_table(found, judge)
+
+
 def write_reports(cfg: Config, out: Path, summary: dict, by_system: dict[str, list[Response]],
                   forced: list[list[Response]]) -> None:
     """Step 4: summary.json, report.md and the table that is printed."""
-    more = ""
+    more = prefill_section(summary["prefill"]) if cfg.prefill else ""
     if forced:
         gate = sweep(cfg.gate_sweep, *forced, by_system, cfg.judge[0], cfg.token_budget)
-        summary["gate"], more = gate, sweep_section(gate)
+        summary["gate"], more = gate, more + sweep_section(gate)
     if cfg.compare:
         more += "\n## {} (A) against {} (B)\n\n".format(*cfg.compare) + compare(
             *map(by_system.get, cfg.compare), cfg.judge[0], cfg.seed)
@@ -368,6 +396,8 @@ def main(cfg: Config) -> None:
     write_jsonl(out / "rows.jsonl", [{"system": name, **response_to_dict(r)}
                                      for name, found in by_system.items() for r in found])
     summary = summarise_run(cfg, run, systems, by_system)
+    if cfg.prefill:
+        summary["prefill"] = prefilled(cfg, run, systems, by_system, place)
     write_reports(cfg, out, summary, by_system, forced)
     if cfg.score_only:
         print(f"scored again; results in {out}")

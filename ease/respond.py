@@ -15,7 +15,8 @@ from ease.tokenizer import Tokenizer
 
 def respond(model: CausalLM, tokenizer: Tokenizer, records: list[Record], sampling: Sampling,
             slots: int = 64, progress: str = "", gate_threshold: float | None = None,
-            messages: list[list[dict]] | None = None, kept: Path | None = None) -> list[Response]:
+            messages: list[list[dict]] | None = None, kept: Path | None = None,
+            forced: list[list[int]] | None = None) -> list[Response]:
     """A response to every record's prompt, with its gate, in order; nothing is judged yet. Sampled
     rows depend on (seed, record id).
 
@@ -24,12 +25,14 @@ def respond(model: CausalLM, tokenizer: Tokenizer, records: list[Record], sampli
     messages: a conversation a record instead of the plain user turn: a teacher sees its policy.
     kept: every response is added to this file as it ends, and what the file holds is not generated
     again: so a run that was stopped goes on.
+    forced: ids that are written behind each prompt and belong to no response; no gate then.
     """
     found = {r.record.id: r for r in (read_kept(kept) if kept else [])}
     places = [i for i, r in enumerate(records) if r.id not in found]
-    prompts = [tokenizer.encode_prompt(messages[i]) if messages else
-               tokenizer.user_prompt(records[i].prompt) for i in places]
-    marker = tokenizer.encode(THINK_OPEN)
+    prompts = [(tokenizer.encode_prompt(messages[i]) if messages else
+                tokenizer.user_prompt(records[i].prompt)) + (forced[i] if forced else [])
+               for i in places]
+    marker = [] if forced else tokenizer.encode(THINK_OPEN)
     generations = stream(model, prompts, sampling, tokenizer.stop_ids,
                          [records[i].id for i in places], marker, slots, progress, gate_threshold)
     for i, g in generations:
@@ -55,7 +58,7 @@ def as_response(tokenizer: Tokenizer, record: Record, found: Generation, marker:
     text = tokenizer.decode(found.ids)
     reasoning, answer, state = split_reasoning(text)
     return Response(record, text, reasoning, answer, state, found.finished,
-                    found.ids[: len(marker)] == marker, found.gate,
+                    bool(marker) and found.ids[: len(marker)] == marker, found.gate,
                     count_tokens(tokenizer, found, text, state), found.seconds)
 
 

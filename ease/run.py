@@ -79,7 +79,7 @@ def parse_config(cls: type, argv: list[str] | None = None):
     """A dataclass -> flags of the same names -> an instance. Help is the first line of the
     dataclass's file and the comment behind a field (and after it, on lines with "#   ").
 
-    A bool field takes true, false or nothing (true), a list[str] field one value or more, a Literal
+    A bool field takes true, false or nothing (true), a list field one value or more, a Literal
     field one of its own, float | None a float. A field without default is required; unknown flags
     and numbers out of range are errors.
     """
@@ -96,7 +96,7 @@ def parse_config(cls: type, argv: list[str] | None = None):
         elif get_origin(f.type) is Literal:
             options = {"choices": get_args(f.type)}
         elif get_origin(f.type) is list:
-            options = {"nargs": "+"}
+            options = {"nargs": "+", "type": get_args(f.type)[0]}
         else:
             options = {"type": float if f.type == float | None else f.type}
         parser.add_argument(f"--{f.name}", required=required, default=f.default,

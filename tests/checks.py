@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from ease import losses
+from ease import losses, prefill
 from ease.batching import Example
 from ease.contest import Candidate
 from ease.generate import Generation
@@ -928,3 +928,15 @@ def check_reversed_words(fn):
     for request in REQUESTS:
         words = fn(request, None).partition("do what it says: ")[2].split()
         assert words[::-1] == request.split()
+
+
+def check_forced_ids(fn):
+    """The record's own target, else the opening; k tokens of it, behind the block."""
+    own = Record("a", "q", "harmful", target="sure, paint the car:")
+    target, opening = TOKENIZER.encode(own.target), TOKENIZER.encode(prefill.OPENING)
+    block = TOKENIZER.encode("<think>\n\n</think>\n\n")
+    assert len(target) > 3 and len(opening) > 3
+    for k in (0, 1, 3, 99):
+        assert fn(TOKENIZER, own, k, "direct") == target[:k]
+        assert fn(TOKENIZER, Record("b", "q", "harmful"), k, "direct") == opening[:k]
+        assert fn(TOKENIZER, own, k, "behind an empty block") == block + target[:k]

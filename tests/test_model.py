@@ -166,7 +166,7 @@ def test_gradient_checkpointing_changes_nothing():
 
 
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
-@pytest.mark.parametrize("rows", [1, 2, 7, 8, 256, 257])
+@pytest.mark.parametrize("rows", [1, 2, 7, 16, 17])
 @pytest.mark.parametrize("biased", [True, False])
 def test_linear(dtype, atol, rows, biased):
     """The same product whichever way it is computed."""
