@@ -125,8 +125,8 @@ def check_flags(cfg: Config, systems: dict[str, System]) -> None:
     if cfg.compare and (len(cfg.compare) != 2 or set(cfg.compare) - set(systems)):
         raise UserError(f"--compare: expected two of the --systems ({', '.join(systems)})")
     if cfg.prefill and (min(cfg.prefill) < 0 or set(cfg.judge) == {"target"}):
-        raise UserError("--prefill: k from 0 on, and a --judge besides target, which would look for "
-                        "the opening itself")
+        raise UserError("--prefill: k from 0 on, and a --judge besides target, which looks for the "
+                        "opening")
     if cfg.token_budget and not cfg.gate_sweep:
         raise UserError("--token_budget is for choosing a threshold: it needs --gate_sweep NAME")
     if cfg.score_only:

@@ -2,6 +2,7 @@
 in collate.
 """
 
+import math
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -83,21 +84,20 @@ def plan_batches(lengths: list[int], batch_size: int, batch_tokens: int, seed: i
     arguments alone, so a resumed run sees the same ones.
 
     A step takes the next batch_size rows of the epoch's permutation (the last of an epoch what is
-    left). In it, rows of like length share a micro-batch of at most batch_tokens tokens, each row
-    counted as the longest (as attention pads it); a longer row stands alone.
+    left), in micro-batches of at most batch_tokens tokens; a longer row stands alone.
     """
     plan, epoch = [], 0
     while len(plan) < steps:
         order = list(range(len(lengths)))
         random.Random(f"batches {seed} {epoch}").shuffle(order)
         for start in range(0, len(order), batch_size):
-            step: list[list[int]] = []
-            # ascending: the next row is the longest so far
-            for i in sorted(order[start : start + batch_size], key=lambda i: (lengths[i], i)):
-                if step and (len(step[-1]) + 1) * lengths[i] <= batch_tokens:
-                    step[-1].append(i)
-                else:
-                    step.append([i])
+            step, tokens = [], math.inf
+            for i in order[start : start + batch_size]:
+                tokens += lengths[i]
+                if tokens > batch_tokens:
+                    step.append([])
+                    tokens = lengths[i]
+                step[-1].append(i)
             plan.append(step)
         epoch += 1
     return plan[:steps]

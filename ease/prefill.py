@@ -19,7 +19,7 @@ def forced_ids(tokenizer: Tokenizer, record: Record, k: int, where: str) -> list
 
 
 def prefill_table(found: dict[tuple[str, str, int], list[Response]], judge: str) -> list[dict]:
-    """{(system, where, k): responses} -> a line a system and place: {..., "k = K": ASR by judge}."""
+    """{(system, where, k): responses} -> a line a system and place, with ASR as "k = K"."""
     lines = {}
     for (system, where, k), responses in found.items():
         line = lines.setdefault((system, where), {"system": system, "begun": where, "judge": judge})

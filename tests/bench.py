@@ -1,6 +1,6 @@
 """Speed and memory beside transformers + peft, on the same token ids (pytest does not collect it):
 
-    python -m tests.bench train|generate|skew|load|memory|floors --model DIR
+    python -m tests.bench train|generate|skew|load|memory|floors|growth --model DIR
     python -m tests.bench train --shape qwen2.5-0.5b --device cuda --dtype bfloat16
 
 Every measurement is a process of its own; the two sides take turns, round after round, and what is
@@ -35,9 +35,10 @@ QWEN = dict(model_type="qwen2", architectures=["Qwen2ForCausalLM"], vocab_size=1
             max_position_embeddings=32768, rope_theta=1e6, rms_norm_eps=1e-6, hidden_act="silu",
             bos_token_id=0, eos_token_id=1)
 VARIANTS = {"train": ["random", "grouped"], "generate": ["1", "8", "32"], "skew": ["16"],
-            "load": ["model"], "memory": ["plain", "checkpointed"], "floors": ["matmul"]}
+            "load": ["model"], "memory": ["plain", "checkpointed"], "floors": ["matmul"],
+            "growth": ["train", "generate"]}
 UNITS = {"train": "useful tok/s", "generate": "tok/s", "skew": "useful tok/s", "load": "s",
-         "memory": "peak MB", "floors": "tok/s"}
+         "memory": "peak MB", "floors": "tok/s", "growth": "times 1x"}
 
 
 # ------------------------------------------------------------------------------------ the work
@@ -180,7 +181,7 @@ def our_generator(cfg: dict, most: int):
                 row.done = row.done or len(row.out.ids) >= limit_of[tuple(row.prompt)]
 
         module.write_token = limited
-        slots = 16 if cfg["work"] == "skew" else len(prompts)
+        slots = {"skew": 16, "growth": 8}.get(cfg["work"], len(prompts))
         found = module.generate(model, prompts, module.Sampling(most), frozenset(), slots=slots)
         assert [len(g.ids) for g in found] == limits
 
@@ -257,6 +258,28 @@ def floors(cfg: dict, side: str) -> dict:
                     outputs[w.shape[0]] @ w
             times.append(clock(cfg) - start)
     return {"value": tokens / statistics.median(times)}
+
+
+def growth(cfg: dict, side: str) -> dict:
+    """Seconds of 1x, 2x and 4x the rows, and how far they are from a line through them."""
+    import numpy as np
+
+    sizes, seconds = [8, 16, 32], []
+    for n in sizes:
+        if cfg["variant"] == "train":
+            rows = training_rows(cfg | {"rows": n, "variant": "random"})
+            seconds.append(sum(map(len, rows)) / train(cfg | {"rows": n}, side)["value"])
+        else:
+            prompts, run = prompts_and_limits(64)[0][:n], our_generator(cfg, 64)
+            start = clock(cfg)
+            run(prompts, [64] * n)
+            seconds.append(clock(cfg) - start)
+    if cfg["variant"] == "train":  # per token: the rows' lengths differ
+        sizes = [sum(map(len, training_rows(cfg | {"rows": n}))) for n in sizes]
+    slope, intercept = np.polyfit(sizes, seconds, 1)
+    off = max(abs(slope * n + intercept - s) / s for n, s in zip(sizes, seconds))
+    return {"value": seconds[2] / seconds[0], "sizes": sizes, "seconds": seconds,
+            "fit": f"{intercept:.2f} s + {1000 * slope:.2f} ms each, off by at most {off:.1%}"}
 
 
 def clock(cfg: dict) -> float:
@@ -383,7 +406,7 @@ def main() -> None:
             for variant in args.variant or VARIANTS[work]:
                 for dtype in args.dtype:
                     sides = ("ours", "theirs") if n % 2 == 0 else ("theirs", "ours")
-                    for side in sides:
+                    for side in sides if work != "growth" else ["ours"]:
                         cfg = {"work": work, "variant": variant, "dtype": dtype, "side": side,
                                "round": n, "model": model, "device": args.device,
                                "rows": args.rows, "length": args.length}

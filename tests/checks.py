@@ -501,8 +501,11 @@ def check_plan_batches(fn):
         epoch = plan[:4]  # every row once; what is left makes the last step
         assert sorted(i for step in epoch for micro in step for i in micro) == list(range(50))
         assert [sum(map(len, step)) for step in plan] == [16, 16, 16, 2, 16, 16, 16]
-        for micro in (m for step in plan for m in step):
-            assert len(micro) == 1 or len(micro) * max(lengths[i] for i in micro) <= budget
+        for step in plan:
+            for micro in step:
+                assert len(micro) == 1 or sum(lengths[i] for i in micro) <= budget
+            for micro, after in zip(step, step[1:]):  # and none is left unfilled
+                assert sum(lengths[i] for i in micro) + lengths[after[0]] > budget
 
     def rows(budget, seed, steps=8):
         return [{i for m in step for i in m} for step in fn(lengths, 16, budget, seed, steps)]
@@ -510,7 +513,8 @@ def check_plan_batches(fn):
     assert rows(100, 0) == rows(10**6, 0)  # the budget never changes which rows make a step
     assert rows(100, 0, 8)[:3] == rows(100, 0, 3)  # nor does the number of steps
     assert rows(100, 0)[:4] != rows(100, 0)[4:] and rows(100, 0) != rows(100, 1)
-    assert len(fn(lengths, 50, 200, 0, 1)[0]) < 25  # and short rows do share micro-batches
+    assert fn([3, 9, 4], 3, 5, 0, 1)[0] in ([[0], [1], [2]], [[0], [2], [1]], [[1], [0], [2]],
+                                            [[1], [2], [0]], [[2], [0], [1]], [[2], [1], [0]])
 
 
 def check_sample(fn):

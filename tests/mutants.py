@@ -691,16 +691,21 @@ def plan_batches__same_every_epoch(lengths, batch_size, batch_tokens, seed, step
     return [plan[i % per_epoch] for i in range(steps)]
 
 
-def plan_batches__budget_without_padding(lengths, batch_size, batch_tokens, seed, steps):
+def plan_batches__budget_as_if_padded(lengths, batch_size, batch_tokens, seed, steps):
     out = []
     for step in batching.plan_batches(lengths, batch_size, 1, seed, steps):
         micro = [[]]
         for (i,) in step:
-            if micro[-1] and sum(lengths[j] for j in micro[-1]) + lengths[i] > batch_tokens:
+            longest = max(lengths[j] for j in [*micro[-1], i])
+            if micro[-1] and (len(micro[-1]) + 1) * longest > batch_tokens:
                 micro.append([])
             micro[-1].append(i)
         out.append(micro)
     return out
+
+
+def plan_batches__no_budget(lengths, batch_size, batch_tokens, seed, steps):
+    return batching.plan_batches(lengths, batch_size, 10**6, seed, steps)
 
 
 def plan_batches__one_row_each(lengths, batch_size, batch_tokens, seed, steps):

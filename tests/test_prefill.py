@@ -10,6 +10,7 @@ from ease.method import THINK_CLOSE, THINK_OPEN
 from ease.prefill import OPENING, WHERE, prefill_section, prefill_table
 from ease.records import Record, Response, UserError
 from ease.respond import respond
+from ease.run import parse_config
 from tests.checks import verify
 from tests.tiny import TOKENIZER, tiny_model
 
@@ -62,6 +63,10 @@ def test_the_flag(runs, tmp_path):
     for changes in ({"prefill": [-1]}, {"judge": ["target"]}):
         with pytest.raises(UserError, match="--prefill: k from 0 on, and a --judge besides"):
             evaluate.main(replace(cfg, out=str(tmp_path / "u"), **changes))
+
+
+def test_numbers_on_the_command_line():
+    assert parse_config(evaluate.Config, ["--prefill", "0", "10"]).prefill == [0, 10]
 
 
 def test_the_block_says_nothing():
