@@ -6,6 +6,7 @@
 1. prompts -> responses of every system  (respond; rows-NAME.jsonl, kept: scoring again is free)
 2. responses -> verdicts of every judge  (add_verdicts; an unclosed think block is never judged)
 3. responses and verdicts -> numbers     (scoring.summarise; summary.json)
+   --tasks: questions -> right answers   (tasks.measure; tasks-NAME-TASK.jsonl)
 4. numbers -> report.md and the table that is printed
 """
 
@@ -13,7 +14,7 @@ import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -22,14 +23,15 @@ from ease.judge import judge_model, load_judge
 from ease.loading import Place, load_model, load_tokenizer, pick_place, resolve
 from ease.lora import merge_lora
 from ease.readers import read_named
-from ease.records import (Record, Response, UserError, read_jsonl, read_responses,
+from ease.records import (Record, Response, UserError, read_jsonl, read_lines, read_responses,
                           response_to_dict, write_jsonl, write_text)
-from ease.report import glance, markdown_report
+from ease.report import glance, markdown_report, utility_table
 from ease.respond import respond
 from ease.run import RunFlags, changed_code, command_line, finish, is_done, open_run
 from ease.scoring import (Rate, agreement, attack_succeeded, auroc, overhead_reduction, overlap,
                           share, summarise)
 from ease.sweep import sweep, sweep_section
+from ease.tasks import measure, read_items, task_files, utility
 
 
 @dataclass(kw_only=True)
@@ -54,6 +56,8 @@ class Config(RunFlags):
     gate_sweep: str = ""  # NAME of a system to answer twice, forced to reason and forced not to
     token_budget: float = 0.0  # with --gate_sweep: tokens a response of the threshold (0 = any)
     score_only: bool = False  # score the rows of --out with these judges, in a folder beside them
+    tasks: list[str] = ()  # utility: hellaswag=FILE mmlu=DIR gsm8k=FILE (or FILE+EXAMPLES)
+    task_prompts: Literal["chat", "raw"] = "chat"  # raw: lm-evaluation-harness's own numbers
     ask: str = ""  # print every system's response to this text and stop
 
 
@@ -83,11 +87,13 @@ def parse_systems(specs: list[str]) -> dict[str, System]:
 
 def check_flags(cfg: Config, systems: dict[str, System]) -> None:
     """The mistakes that can be seen before anything is generated."""
-    if not (cfg.out and (cfg.prompts or cfg.score_only)):
-        raise UserError("give --out DIR and --prompts FILE [FILE ...]")
+    if not (cfg.out and (cfg.prompts or cfg.tasks or cfg.score_only)):
+        raise UserError("give --out DIR and --prompts FILE [FILE ...], or --tasks")
     for flag in ("base_system", "refusal_system", "deliberative_system", "gate_sweep"):
         if (name := getattr(cfg, flag)) and name not in systems:
             raise UserError(f"--{flag} {name!r} is none of the --systems ({', '.join(systems)})")
+    if cfg.gate_sweep and not (cfg.prompts or cfg.score_only):
+        raise UserError("--gate_sweep answers --prompts: give some")
     if cfg.token_budget and not cfg.gate_sweep:
         raise UserError("--token_budget is for choosing a threshold: it needs --gate_sweep NAME")
     if cfg.score_only:
@@ -118,6 +124,26 @@ def answers(cfg: Config, file: Path, system: System, records: list[Record], plac
         responses = respond(model, tokenizer, records, sampling, cfg.slots, label, threshold)
         write_jsonl(file, map(response_to_dict, responses))
     return read_responses(file)
+
+
+def utility_of(cfg: Config, run: Path, systems: dict[str, System],
+               tasks: dict[str, list[tuple[str, str]]], place: Place,
+               thresholds: dict[str, float | None]) -> dict:
+    """Every task's numbers, the differences to --base_system or the first one. A stage a system and
+    task: tasks-NAME-TASK.jsonl.
+    """
+    results, items = {}, {task: read_items(task, files, cfg.limit) for task, files in tasks.items()}
+    for name, system in systems.items():
+        files = {task: run / f"tasks-{name}-{task}.jsonl" for task in items}
+        if missing := [task for task in files if not (files[task].exists() or cfg.score_only)]:
+            model, tokenizer = load_system(system, place)
+            for task in missing:
+                write_jsonl(files[task], measure(
+                    model, tokenizer, task, items[task], cfg.task_prompts == "raw",
+                    cfg.max_new_tokens, cfg.slots, thresholds[name]))
+        results[name] = {task: [row for _, row in read_lines(file)] for task, file in files.items()}
+    base = cfg.base_system or next(iter(systems))
+    return {"prompts": cfg.task_prompts, "base": base, "lines": utility(results, base)}
 
 
 def add_verdicts(responses: list[Response], names: list[str], place: Place) -> None:
@@ -250,13 +276,15 @@ def main(cfg: Config) -> None:
     check_flags(cfg, systems)
     guards = [judge_model(name) for name in cfg.judge]
     records = [r for found in read_named(*cfg.prompts) for r in found[: cfg.limit or None]]
+    tasks = task_files(cfg.tasks)
     if cfg.score_only:
         run, judges = Path(cfg.out), "+".join(Path(name).name for name in cfg.judge)
         out = run / f"scored-by-{judges}"
     else:
         models = [str(resolve(s.model)) for s in systems.values()]
         adapters = [s.adapter for s in systems.values()]
-        run = out = open_run(cfg, [*models, *adapters, *cfg.prompts, *guards], place)
+        asked = [file for files in tasks.values() for pair in files for file in pair]
+        run = out = open_run(cfg, [*models, *adapters, *cfg.prompts, *asked, *guards], place)
         if is_done(run):
             print((run / "report.md").read_text(encoding="utf-8").split("\n## ")[0])
             return
@@ -266,8 +294,9 @@ def main(cfg: Config) -> None:
         return answers(cfg, file, systems[name], records, place, threshold)
 
     fixed = {cfg.base_system, cfg.refusal_system, cfg.deliberative_system}  # no threshold for these
-    by_system = {name: answers_of(name, name, None if name in fixed else cfg.gate_threshold)
-                 for name in systems}
+    thresholds = {name: None if name in fixed else cfg.gate_threshold for name in systems}
+    by_system = {name: answers_of(name, name, threshold) if cfg.prompts or cfg.score_only else []
+                 for name, threshold in thresholds.items()}
     forced = [answers_of(cfg.gate_sweep, f"{cfg.gate_sweep}+{label}", threshold) for
               label, threshold in (("opened", 0.0), ("direct", 2.0))] if cfg.gate_sweep else []
     everyone = [r for found in [*by_system.values(), *forced] for r in found]
@@ -280,9 +309,11 @@ def main(cfg: Config) -> None:
     if forced:
         gate = sweep(cfg.gate_sweep, *forced, by_system, cfg.judge[0], cfg.token_budget)
         summary["gate"], more = gate, sweep_section(gate)
+    if tasks:
+        summary["utility"] = utility_of(cfg, run, systems, tasks, place, thresholds)
     write_text(out / "summary.json", json.dumps(summary, indent=2, default=asdict) + "\n")
     write_text(out / "report.md", markdown_report(summary, more))
-    print(glance(summary))
+    print(glance(summary) if everyone else "", utility_table(summary))
     if cfg.score_only:
         print(f"scored again; results in {out}")
     else:

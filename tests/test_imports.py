@@ -26,6 +26,7 @@ MACHINERY = [
     "batching",
     "generate",
     "respond",
+    "tasks",
     "judge",
     "categories",
     "traces",

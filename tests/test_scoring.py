@@ -8,7 +8,8 @@ from tests.checks import verify
 
 @pytest.mark.parametrize("name", [
     "is_refusal", "target_verdict", "wilson_interval", "rate", "t_quantile", "overhead_reduction",
-    "auroc", "category_agreement", "is_correct", "worst", "overlap"])
+    "auroc", "category_agreement", "is_correct", "worst", "overlap", "paired_difference",
+    "choice_scores", "number_scores"])
 def test_scoring(name):
     verify(scoring, name)
 
