@@ -7,6 +7,7 @@
 1. prompts -> responses of every system  (respond; rows-NAME.jsonl, kept: scoring again is free)
 2. responses -> verdicts of every judge  (add_verdicts; an unclosed think block is never judged)
 3. responses and verdicts -> numbers     (scoring.summarise; summary.json)
+   --tasks: questions -> right answers   (tasks.measure; tasks-NAME-TASK.jsonl)
 4. numbers -> report.md and the table that is printed
 """
 
@@ -16,7 +17,7 @@ import re
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -31,12 +32,13 @@ from ease.ranks import RANKS
 from ease.readers import read_named
 from ease.records import (Record, Response, UserError, read_jsonl, read_lines, read_responses,
                           response_to_dict, write_jsonl, write_text)
-from ease.report import glance, markdown_report
+from ease.report import glance, markdown_report, utility_table
 from ease.respond import respond
 from ease.run import RunFlags, changed_code, command_line, finish, is_done, open_run
 from ease.scoring import (Rate, agreement, attack_succeeded, auroc, overhead_reduction, overlap,
                           share, summarise)
 from ease.sweep import sweep, sweep_section
+from ease.tasks import Item, measure, read_items, task_files, utility
 
 OUTPUTS = "responses:"  # in the place of a model: its responses were made elsewhere
 
@@ -71,6 +73,8 @@ class Config(RunFlags):
     score_only: bool = False  # score the rows of --out with these judges, in a folder beside them
     compare: list[str] = ()  # A B: is the difference chance? Two of the --systems; without them
     #   two finished runs, RUN (of one system) or RUN/NAME: printed
+    tasks: list[str] = ()  # utility: hellaswag=FILE mmlu=DIR gsm8k=FILE (or FILE+EXAMPLES)
+    task_prompts: Literal["chat", "raw"] = "chat"  # raw: lm-evaluation-harness's own numbers
     ask: str = ""  # print every system's response to this text and stop
 
 
@@ -110,8 +114,8 @@ def check_flags(cfg: Config, systems: dict[str, System]) -> None:
     """The mistakes that can be seen before anything is generated."""
     if RANKS > 1:
         raise UserError("evaluate.py runs in one process, without torchrun")
-    if not (cfg.out and (cfg.prompts or cfg.score_only)):
-        raise UserError("give --out DIR and --prompts FILE [FILE ...]")
+    if not (cfg.out and (cfg.prompts or cfg.tasks or cfg.score_only)):
+        raise UserError("give --out DIR and --prompts FILE [FILE ...], or --tasks")
     for flag in ("base_system", "refusal_system", "deliberative_system", "gate_sweep"):
         if (name := getattr(cfg, flag)) and name not in systems:
             raise UserError(f"--{flag} {name!r} is none of the --systems ({', '.join(systems)})")
@@ -119,6 +123,10 @@ def check_flags(cfg: Config, systems: dict[str, System]) -> None:
     if cfg.gate_sweep in made:
         raise UserError(f"--gate_sweep {cfg.gate_sweep}: responses made elsewhere cannot be made "
                         "again")
+    if (cfg.gate_sweep or cfg.prefill) and not (cfg.prompts or cfg.score_only):
+        raise UserError("--gate_sweep and --prefill answer --prompts: give some")
+    if cfg.tasks and made:
+        raise UserError(f"--tasks asks the model itself: not with the responses of {made[0]}")
     if bool(made) != bool(cfg.tokenizer) and not cfg.score_only:
         raise UserError("--tokenizer MODEL counts the tokens of NAME=responses:FILE: give both or "
                         "neither")
@@ -166,6 +174,31 @@ def answers(cfg: Config, file: Path, system: System, records: list[Record], plac
         write_jsonl(file, map(response_to_dict, responses))
         kept.unlink(missing_ok=True)
     return read_responses(file)
+
+
+def utility_of(cfg: Config, run: Path, systems: dict[str, System], items: dict[str, list[Item]],
+               place: Place) -> dict:
+    """Every task's numbers, the differences to --base_system or the first one. A stage a system and
+    task: tasks-NAME-TASK.jsonl.
+    """
+    results = {}
+    for name, system in systems.items():
+        files = {task: run / f"tasks-{name}-{task}.jsonl" for task in items}
+        if missing := [task for task in files if not (files[task].exists() or cfg.score_only)]:
+            model, tokenizer = load_system(system, place)
+            for task in missing:
+                write_jsonl(files[task], measure(
+                    model, tokenizer, task, items[task], cfg.task_prompts == "raw",
+                    cfg.max_new_tokens, cfg.slots, threshold_of(cfg, name)))
+        results[name] = {task: [row for _, row in read_lines(file)] for task, file in files.items()}
+    base = cfg.base_system or next(iter(systems))
+    return {"prompts": cfg.task_prompts, "base": base, "lines": utility(results, base)}
+
+
+def threshold_of(cfg: Config, name: str) -> float | None:
+    """--gate_threshold, but none for the three named systems."""
+    named = (cfg.base_system, cfg.refusal_system, cfg.deliberative_system)
+    return None if name in named else cfg.gate_threshold
 
 
 def add_verdicts(cfg: Config, responses: list[Response], place: Place) -> None:
@@ -318,6 +351,7 @@ def folders(cfg: Config, systems: dict[str, System], place: Place) -> tuple[Path
         return Path(cfg.out), Path(cfg.out) / f"scored-by-{judges}"
     inputs = [p for s in systems.values() for p in (s.outputs or str(resolve(s.model)), s.adapter)]
     inputs += [str(resolve(cfg.tokenizer))] if cfg.tokenizer else []
+    inputs += [file for files in task_files(cfg.tasks).values() for pair in files for file in pair]
     run = open_run(cfg, [*inputs, *cfg.prompts, *guards], place)
     return run, run
 
@@ -327,15 +361,14 @@ def all_answers(cfg: Config, run: Path, systems: dict[str, System], records: lis
     """Step 1: every system's responses; and with --gate_sweep those of one forced to reason, and
     forced not to.
     """
-    fixed = {cfg.base_system, cfg.refusal_system, cfg.deliberative_system}  # no threshold for these
-
     def answers_of(name: str, label: str, threshold: float | None) -> list[Response]:
         file = run / f"rows-{label}.jsonl"
         return answers(cfg, file, systems[name], records, place, threshold)
 
+    if not cfg.prompts and not cfg.score_only:
+        return {name: [] for name in systems}, []
     order = sorted(systems, key=lambda name: not systems[name].outputs)  # a file's mistakes first
-    found = {name: answers_of(name, name, None if name in fixed else cfg.gate_threshold)
-             for name in order}
+    found = {name: answers_of(name, name, threshold_of(cfg, name)) for name in order}
     forced = [answers_of(cfg.gate_sweep, f"{cfg.gate_sweep}+{label}", threshold) for
               label, threshold in (("opened", 0.0), ("direct", 2.0))] if cfg.gate_sweep else []
     return {name: found[name] for name in systems}, forced
@@ -371,7 +404,7 @@ def write_reports(cfg: Config, out: Path, summary: dict, by_system: dict[str, li
             *map(by_system.get, cfg.compare), cfg.judge[0], cfg.seed)
     write_text(out / "summary.json", json.dumps(summary, indent=2, default=asdict) + "\n")
     write_text(out / "report.md", markdown_report(summary, more))
-    print(glance(summary))
+    print((glance(summary) if any(by_system.values()) else "") + utility_table(summary))
 
 
 def main(cfg: Config) -> None:
@@ -384,7 +417,9 @@ def main(cfg: Config) -> None:
         return
     check_flags(cfg, systems)
     records = [r for found in read_named(*cfg.prompts) for r in found[: cfg.limit or None]]
-    run, out = folders(cfg, systems, place)  # after the prompts: a mistake there leaves no folder
+    items = {task: read_items(task, files, cfg.limit)
+             for task, files in task_files(cfg.tasks).items()}
+    run, out = folders(cfg, systems, place)  # after reading: a mistake there leaves no folder
     if not cfg.score_only and is_done(run):
         print((run / "report.md").read_text(encoding="utf-8").split("\n## ")[0])
         return
@@ -398,6 +433,8 @@ def main(cfg: Config) -> None:
     summary = summarise_run(cfg, run, systems, by_system)
     if cfg.prefill:
         summary["prefill"] = prefilled(cfg, run, systems, by_system, place)
+    if items:
+        summary["utility"] = utility_of(cfg, run, systems, items, place)
     write_reports(cfg, out, summary, by_system, forced)
     if cfg.score_only:
         print(f"scored again; results in {out}")

@@ -126,13 +126,16 @@ def in_array(path: Path, values: list) -> list[tuple[str, dict]]:
     return check_objects(path, [(f"{path}: row {i}", value) for i, value in enumerate(values)])
 
 
-def read_table(path: Path, text: str) -> list[Row]:
+def read_table(path: Path, text: str, names: str = "") -> list[Row]:
     """The rows of a table, cut at what its header line has most of. A row of another length or with
-    a quote that stays open is an error: read on, it would swallow others in silence.
+    a quote that stays open is an error: read on, it would swallow others in silence. names: a
+    header line that may be missing.
     """
     csv.field_size_limit(2**31 - 1)  # else a field of 131,073 characters is an error
+    delimiter = max(",\t;|", key=(names or text.strip().partition("\n")[0]).count)
     header, rows, line = [], [], 1
-    delimiter = max(",\t;|", key=text.strip().partition("\n")[0].count)
+    if names and not text.startswith(names):
+        header = names.split(delimiter)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         for cells in reader:

@@ -101,6 +101,22 @@ def judges_agree(summary: dict) -> str:
             if rows else "")
 
 
+def utility_table(summary: dict) -> str:
+    """Right answers by task, and what they differ by on the same questions; "" without tasks."""
+    rows, found = [], summary.get("utility", {"lines": []})
+    for line in found["lines"]:
+        d = line["difference"]
+        rows.append({
+            "task": f"{line['task']} {line['metric']}",
+            "system": line["system"],
+            "n": line["rate"].n,
+            "right": with_bounds(line["rate"]),
+            f"minus {found['base']}": "-" if d is None or d["value"] is None else
+                f"{100 * d['value']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]",
+            "reasons": percent(line["reasons"])})
+    return f"\n## Utility, {found['prompts']} prompts\n\n{listing(rows)}\n" if rows else ""
+
+
 def systems_table(summary: dict) -> str:
     """What each system is and what it was trained on."""
     rows = []
@@ -133,4 +149,5 @@ def markdown_report(summary: dict, more: str = "") -> str:
     if other_ids := sum(k["other_ids"] for s in systems.values() for k in s["kinds"].values()):
         out.append(f"\n{other_ids} responses open a think block in text, but not by the marker's "
                    "own token ids.\n")
-    return "".join([*out, judges_agree(summary), more, systems_table(summary)])
+    return "".join([*out, judges_agree(summary), utility_table(summary), more,
+                    systems_table(summary)])

@@ -104,6 +104,29 @@ def is_correct(answer: str, expected: str) -> bool:
     return answer == expected
 
 
+# ---- utility, as lm-evaluation-harness 0.4.13 scores it
+UNTIL = ("Question:", "</s>", "<|im_end|>")  # GSM8K's answer ends before these
+STRICT, FLEXIBLE = r"#### (\-?[0-9\.\,]+)", r"(-?[$0-9.,]{2,})|(-?[0-9]+)"
+IGNORED = (",", r"\$", r"(?s).*#### ", r"\.$")  # taken out of a number, in this order
+
+
+def choice_scores(log_p: list[float], choices: tuple[str, ...], gold: int) -> dict[str, bool]:
+    """acc: the right choice is the likeliest; acc_norm: by log p per character."""
+    scores = {"acc": log_p, "acc_norm": [p / len(c) for p, c in zip(log_p, choices)]}
+    return {metric: s.index(max(s)) == gold for metric, s in scores.items()}
+
+
+def number_scores(text: str, gold: str) -> dict[str, bool]:
+    """Whether the first number behind "#### " (strict) or the last one (flexible) is gold's."""
+    for stop in UNTIL:
+        text = text.partition(stop)[0]
+    flexible = map("".join, re.findall(FLEXIBLE, text)[-1:])
+    found = [re.findall(STRICT, text)[:1], list(flexible), [gold]]
+    for ignored in IGNORED:
+        found = [[re.sub(ignored, "", n) for n in numbers] for numbers in found]
+    return {"strict": found[0] == found[2], "flexible": found[1] == found[2]}
+
+
 # ---- intervals, all of 95%
 Q = 0.975  # a central interval ends at this quantile,
 Z = NormalDist().inv_cdf(Q)  # of the normal distribution: 1.96
@@ -201,6 +224,18 @@ def overhead_reduction(tokens: list[float], refusal: list[float], deliberative: 
         low, high = (1 - ratio + sign * t_quantile(G - 1) * error for sign in (-1, 1))
     return {"value": 1 - ratio, "low": low, "high": high, "n": len(tokens),
             "raw": 1 - sum(tokens) / sum(deliberative)}
+
+
+def paired_difference(values: list[bool | None], base: list[bool | None]) -> dict:
+    """Share of `values` minus that of `base` on the n rows that both have. 95% interval of Bonett
+    and Price (2012): p - q -+ z sqrt((p + q - (p - q)^2) / (n + 2)), p and q = (rows that only the
+    one, the other has right + 1) / (n + 2).
+    """
+    pairs = [(v, b) for v, b in zip(values, base, strict=True) if None not in (v, b)]
+    n, better, worse = len(pairs), pairs.count((True, False)), pairs.count((False, True))
+    d, both = (better - worse) / (n + 2), (better + worse + 2) / (n + 2)
+    half = Z * math.sqrt((both - d * d) / (n + 2))
+    return {"value": (better - worse) / n if n else None, "low": d - half, "high": d + half, "n": n}
 
 
 # ---- what is reported

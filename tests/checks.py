@@ -22,6 +22,7 @@ from ease.policies import Policy
 from ease.records import (ABSENT, CONTROVERSIAL, SAFE, UNCLOSED, UNPARSED, UNSAFE, WELL_FORMED,
                           Record, Response)
 from ease.scoring import Rate
+from ease.tasks import Item
 from tests import mutants, reference
 from tests.tiny import TOKENIZER
 
@@ -442,6 +443,69 @@ def check_overhead_reduction(fn):
     steps = [x + 10 * (i // 6 % 2) for i, x in enumerate(lengths)]
     grouped = fn(steps, lengths, longest, [str(i // 6) for i in range(60)])
     assert grouped["high"] - grouped["low"] > 2 * (spread["high"] - spread["low"])
+
+
+def check_paired_difference(fn):
+    yes, no = [True] * 10, [False] * 10
+    d = fn([*yes, *yes, *no, *no], [*yes, *no, *yes[:4], *no[:6], *no])  # 10 better, 4 worse of 40
+    p, q = 11 / 42, 5 / 42
+    half = 1.959964 * math.sqrt((p + q - (p - q) ** 2) / 42)
+    assert d["n"] == 40 and close(d["value"], 6 / 40)
+    assert close(d["low"], p - q - half) and close(d["high"], p - q + half)
+    same = fn(yes, yes)  # nothing differs: that is no proof
+    assert same["value"] == 0 and close(same["low"], -same["high"]) and same["high"] > 0.2
+    with_holes = fn([*yes, None, True], [*no, True, None])
+    assert with_holes["n"] == 10 and with_holes["value"] == 1  # rows that both have
+    assert fn([None], [True])["value"] is None
+
+
+def check_choice_scores(fn):
+    wordy, spelled = "paint the cloth", "xqzxqzxqz"  # few tokens for 15 characters, many for 9
+    assert fn([-9.0, -6.0], (wordy, spelled), 0) == {"acc": False, "acc_norm": True}
+    assert fn([-9.0, -6.0], (wordy, spelled), 1) == {"acc": True, "acc_norm": False}
+    assert fn([-3.0, -8.4], ("ab", "abcdef"), 1)["acc_norm"]  # by 3 and 7 this would be wrong
+    assert fn([-5.0, -7.4], ("\u00e4\u00e4", "abc"), 1)["acc_norm"]  # 2 characters of 4 bytes
+    assert fn([-1.0, -1.0], ("a", "b"), 0)["acc"]  # the first of equal ones
+
+
+def check_number_scores(fn):
+    gold = "He has 3 boxes, so 3 x 1,000 = 3,000.\n#### 3,000"
+    for text, strict, flexible in [
+            ("So 3000.\n#### 3000", True, True),
+            ("#### 3,000. ", True, True),
+            ("#### 3000\n\nQuestion: And 4?\nAnswer: #### 4", True, True),  # stops before it
+            ("#### 3000</s> 7", True, True),
+            ("#### 3000 and then #### 4", True, False),  # the first, the last
+            ("#### 4 no, #### 3000", False, True),
+            ("= $3,000.00", False, False),  # a text, not a value
+            ("= $3,000.", False, True),
+            ("####3000", False, True),
+            ("3000 boxes, 2 days", False, False),
+            ("none", False, False), ("", False, False)]:
+        assert fn(text, gold) == {"strict": strict, "flexible": flexible}, text
+    assert fn("it fell to -4", "#### -4")["flexible"] and not fn("#### 4", "#### -4")["strict"]
+
+
+# -------------------------------------------------------------------------------------------- tasks
+def check_clean(fn):
+    for text, wanted in {
+            " [header] How to paint [title] Take [the] cloth. ": " How to paint. Take cloth.",
+            "a    b": "a  b", "join [substeps]": "join ", "x] [y": "x] [y"}.items():
+        assert fn(text) == wanted, text
+
+
+def check_encode_item(fn):
+    decode = TOKENIZER.fast.decode
+
+    def texts(raw: bool, context: str, *choices: str):
+        ids, endings = fn(TOKENIZER, Item("i", context, choices, 0), raw)
+        return decode(ids, skip_special_tokens=False), list(map(decode, endings))
+
+    assert texts(True, "Answer:", *"ABCD") == ("Answer:", [" A", " B", " C", " D"])
+    assert texts(True, "Answer:  ", "A b") == ("Answer:", ["   A b"])  # as _encode_pair has it
+    prompt, endings = texts(False, "Answer:", *"ABCD")
+    assert prompt == decode(TOKENIZER.user_prompt("Answer:"), skip_special_tokens=False)
+    assert endings == [*"ABCD", "<think>\n"]
 
 
 # ------------------------------------------------------------------------------------------ tensors

@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 
 from ease import (attacks, batching, compare, contest, judge, losses, method, optim, outputs,
-                  policies, prefill, records, respond, scoring, sweep)
+                  policies, prefill, records, respond, scoring, sweep, tasks)
 from ease.batching import Batch, Example
 from ease.method import ABSENT, ANSWER, GATE, REASONING, UNCLOSED, WELL_FORMED
 from ease.generate import sample
 from ease.records import CONTROVERSIAL, SAFE, UNPARSED, UNSAFE
+from tests.tiny import TOKENIZER
 
 
 # losses
@@ -615,6 +616,93 @@ def overhead_reduction__ignores_groups(tokens, refusal, deliberative, groups):
 def overhead_reduction__zero_width_for_one_group(tokens, refusal, deliberative, groups):
     r = scoring.overhead_reduction(tokens, refusal, deliberative, groups)
     return r and {**r, **({"low": r["value"], "high": r["value"]} if r["low"] is None else {})}
+
+
+def paired_difference__unpaired(values, base):
+    d = scoring.paired_difference(values, base)
+    low, high = scoring.wilson_interval(sum(map(bool, values)), len(values))
+    return {**d, "low": low - sum(map(bool, base)) / len(base), "high": high}
+
+
+def paired_difference__third_value_is_wrong(values, base):
+    return scoring.paired_difference(list(map(bool, values)), list(map(bool, base)))
+
+
+def paired_difference__no_width_without_differences(values, base):
+    d = scoring.paired_difference(values, base)
+    return d if d["value"] else {**d, "low": 0.0, "high": 0.0}
+
+
+def choice_scores__by_tokens(log_p, choices, gold):
+    by_length = [p / len(TOKENIZER.encode(f" {c}")) for p, c in zip(log_p, choices)]
+    return {**scoring.choice_scores(log_p, choices, gold),
+            "acc_norm": by_length.index(max(by_length)) == gold}
+
+
+def choice_scores__space_counted(log_p, choices, gold):
+    return scoring.choice_scores(log_p, [f" {c}" for c in choices], gold) | {
+        "acc": scoring.choice_scores(log_p, choices, gold)["acc"]}
+
+
+def choice_scores__by_bytes(log_p, choices, gold):
+    return scoring.choice_scores(log_p, [c.encode() for c in choices], gold)
+
+
+def choice_scores__not_normalised(log_p, choices, gold):
+    return scoring.choice_scores(log_p, ["x"] * len(choices), gold)
+
+
+def number_scores__strict_takes_the_last(text, gold):
+    found = scoring.number_scores(text, gold)
+    last = re.findall(scoring.STRICT, text)[-1:] or [""]
+    return {**found, "strict": scoring.number_scores(f"#### {last[0]}", gold)["strict"]}
+
+
+def number_scores__no_stop_strings(text, gold):
+    for stop in scoring.UNTIL:
+        text = text.replace(stop, " ")
+    return scoring.number_scores(text, gold)
+
+
+def number_scores__flexible_takes_the_first(text, gold):
+    found = ["".join(g) for g in re.findall(scoring.FLEXIBLE, text)][:1] or [""]
+    return {**scoring.number_scores(text, gold),
+            "flexible": scoring.number_scores(found[0], gold)["flexible"]}
+
+
+def number_scores__by_value(text, gold):
+    return {**scoring.number_scores(text, gold), "flexible": scoring.is_correct(text, gold)}
+
+
+# tasks
+def clean__every_double_space(text):
+    return re.sub(" +", " ", tasks.clean(text))
+
+
+def clean__greedy_brackets(text):
+    text = re.sub(r"\[.*\]", "", text.strip().replace(" [title]", ". "))
+    return text.replace("  ", " ")
+
+
+def clean__title_is_a_bracket(text):
+    return re.sub(r"\[.*?\]", "", text.strip()).replace("  ", " ")
+
+
+def encode_item__letters_without_the_space(tokenizer, item, raw):
+    context, endings = tasks.encode_item(tokenizer, item, raw)
+    return context, [tokenizer.encode(c) for c in item.choices] if raw else endings
+
+
+def encode_item__space_in_chat(tokenizer, item, raw):
+    context, endings = tasks.encode_item(tokenizer, item, raw)
+    return context, endings if raw else [tokenizer.encode(f" {c}") for c in item.choices] + [
+        endings[-1]]
+
+
+def encode_item__spaces_stay_with_the_context(tokenizer, item, raw):
+    if not raw:
+        return tasks.encode_item(tokenizer, item, raw)
+    return tokenizer.encode(item.context), [tokenizer.encode(f" {c}") for c in item.choices]
 
 
 # tensors

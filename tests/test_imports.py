@@ -29,12 +29,14 @@ MACHINERY = [
     "generate",
     "respond",
     "outputs",
+    "tasks",
     "judge",
     "categories",
     "traces",
     "teacher",
 ]
-EXTRAS = ["contest", "sweep", "prefill", "stability", "topk", "__main__"]  # a first reading skips them
+# a first reading skips them
+EXTRAS = ["contest", "sweep", "prefill", "stability", "topk", "__main__"]
 PACKAGES = {"torch", "safetensors", "tokenizers", "numpy", "tqdm", "jinja2", "huggingface_hub"}
 ORDER = METHOD + MACHINERY + EXTRAS
 FILES = [ROOT / "ease" / f"{name}.py" for name in ORDER]

@@ -10,7 +10,8 @@ from tests.checks import verify
 
 @pytest.mark.parametrize("name", [
     "is_refusal", "target_verdict", "wilson_interval", "rate", "t_quantile", "overhead_reduction",
-    "auroc", "category_agreement", "is_correct", "worst", "overlap", "cohen_kappa"])
+    "auroc", "category_agreement", "is_correct", "worst", "overlap", "cohen_kappa",
+    "paired_difference", "choice_scores", "number_scores"])
 def test_scoring(name):
     verify(scoring, name)
 
