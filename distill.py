@@ -241,7 +241,7 @@ def try_teacher(cfg: Config, name: str, folder: Path, prompts: list[Record], pla
     model = load_model(cfg.model if adapter else str(folder / "model"), adapter, *place)
     dev = [r for r in read_named(cfg.dev)[0] if r.kind.startswith("adversarial")]
     responses = respond(model, tokenizer, dev, Sampling(cfg.max_new_tokens), cfg.slots, "dev")
-    judge = load_judge(cfg.judge, *place, cfg.judge_format, cfg.judge_text)
+    judge = load_judge(cfg.judge, *place, cfg.judge_format, cfg.judge_text, cfg.slots)
     for response, verdict in zip(responses, judge(responses), strict=True):
         response.verdicts[cfg.judge] = verdict
     return candidate.judged_by(responses, cfg.judge)

@@ -204,7 +204,7 @@ def threshold_of(cfg: Config, name: str) -> float | None:
 def add_verdicts(cfg: Config, responses: list[Response], place: Place) -> None:
     """Step 2: response.verdicts = {judge: verdict}."""
     for name in cfg.judge:
-        verdicts = load_judge(name, *place, cfg.judge_format, cfg.judge_text)(responses)
+        verdicts = load_judge(name, *place, cfg.judge_format, cfg.judge_text, cfg.slots)(responses)
         for response, verdict in zip(responses, verdicts, strict=True):
             response.verdicts[name] = verdict
 

@@ -150,7 +150,7 @@ def probe(cfg: Config, run: Path, diagnostic: list[Record], place: Place) -> lis
     files = [run / f"probe{f'-{i}' if i else ''}.jsonl" for i in range(1 + cfg.probe_samples)]
     if not all(file.exists() for file in files):
         tokenizer = load_tokenizer(cfg.model)
-        judge = load_judge(cfg.judge, *place, cfg.judge_format, cfg.judge_text)
+        judge = load_judge(cfg.judge, *place, cfg.judge_format, cfg.judge_text, cfg.slots)
         init = cfg.init if cfg.probe == "phase1" else ""
         model = load_model(*base_and_adapter(cfg.model, init), *place)
         for i, file in enumerate(files):

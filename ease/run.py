@@ -36,7 +36,7 @@ class RunFlags:
     out: str  # the run folder; the same command goes on with a stopped run
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of frozen weights and activations
     device: str = "auto"  # cuda if there is one, else cpu; mps is untried
-    slots: int = 64  # rows generated together; lower it when memory is short
+    slots: int = 64  # rows generated, or judged, together; lower it when memory is short
     seed: int = 0  # data order, adapter init, sampling
     other_code: bool = False  # go on with a run of other code all the same; the manifest says so
 

@@ -76,7 +76,7 @@ def teacher_traces(flags: TraceFlags, run: Path, teacher: str, records: list[Rec
     if file.exists():
         return read_jsonl(file)
     model, tokenizer = load_model(teacher, "", *place), load_tokenizer(teacher)
-    judge = load_judge(flags.judge, *place, flags.judge_format, flags.judge_text)
+    judge = load_judge(flags.judge, *place, flags.judge_format, flags.judge_text, flags.slots)
     accepted, rejected = rejection_sample(flags, model, tokenizer, judge, records,
                                           load_policy(flags.policies), run)
     write_jsonl(run / "rejected.jsonl", rejected)
