@@ -137,7 +137,7 @@ class Rows(NamedTuple):
     cache: KVCache | None
     first: int  # the cache's slot of row 0
     slots: Tensor  # (N,)
-    mask: Tensor | None  # decoding, one token a row: (B, 1, 1, S), true where it may look
+    mask: Tensor | None  # decoding, one token a row: (B, 1, 1, S), 0 where it may look, else -inf
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -272,11 +272,11 @@ class CausalLM(nn.Module):
         row = torch.arange(B).repeat_interleave(torch.tensor(lengths))  # (N,)
         from_end = torch.tensor(list(accumulate(lengths)))[row] - torch.arange(len(row))
         positions = (torch.tensor(ends)[row] - from_end).to(device)  # (N,)
-        mask = None
+        x, mask = self.model.embed_tokens(ids), None  # (N, D)
         if starts and len(row) == B:
-            mask = torch.arange(max(ends), device=device) <= positions[:, None, None, None]
+            seen = torch.arange(max(ends), device=device) <= positions[:, None, None, None]
+            mask = x.new_zeros(seen.shape).masked_fill(~seen, -torch.inf)
         rows = Rows(lengths, starts, positions, cache, first, (row + first).to(device), mask)
-        x = self.model.embed_tokens(ids)  # (N, D)
         # computed anew each time: a stored table would be rounded by model.to(bfloat16)
         rope = rope_tables(positions, rope_frequencies(c.rope, c.head_dim, device), x.dtype)
         for layer in self.model.layers:
