@@ -156,8 +156,8 @@ def load_system(system: System, place: Place):
 
 
 def answers(cfg: Config, file: Path, system: System, records: list[Record], place: Place,
-            threshold: float | None, begun: tuple[str, int] | None = None) -> list[Response]:
-    """Step 1: one system's responses, made here or read. A stage: `file`. begun: (where, k) of
+            threshold: float | None, begun: tuple[int, str] | None = None) -> list[Response]:
+    """Step 1: one system's responses, made here or read. A stage: `file`. begun: (k, where) of
     prefill.forced_ids.
     """
     if not file.exists() and not cfg.score_only:
@@ -386,7 +386,7 @@ def prefilled(cfg: Config, run: Path, systems: dict[str, System],
         if k or where != "direct":
             file = run / f"rows-{name}+{where.replace(' ', '-')}-{k}.jsonl"
             harmful = answers(cfg, file, system, [r.record for r in harmful], place, None,
-                              (where, k))
+                              (k, where))
         found[name, where, k] = harmful
     add_verdicts(replace(cfg, judge=[judge]), [r for rs in found.values() for r in rs], place)
     return prefill_table(found, judge)

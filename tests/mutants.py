@@ -1170,7 +1170,7 @@ def reversed_words__reversed_letters(request, rng):
 
 def forced_ids__the_block_counts(tokenizer, record, k, where):
     text = prefill.WHERE[where] + (record.target or prefill.OPENING)
-    return tokenizer.encode(text)[: k + len(tokenizer.encode(prefill.WHERE[where]))]
+    return tokenizer.encode(text)[:k]
 
 
 def forced_ids__characters(tokenizer, record, k, where):
