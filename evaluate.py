@@ -14,6 +14,7 @@
 import json
 import math
 import re
+import sys
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -27,6 +28,7 @@ from ease.judge import Format, Shown, judge_model, load_judge
 from ease.loading import Place, load_model, load_tokenizer, pick_place, resolve
 from ease.lora import merge_lora
 from ease.outputs import read_outputs
+from ease.policies import POLICY, teacher_messages
 from ease.prefill import WHERE, forced_ids, prefill_section, prefill_table
 from ease.ranks import RANKS
 from ease.readers import read_named
@@ -75,14 +77,22 @@ class Config(RunFlags):
     #   two finished runs, RUN (of one system) or RUN/NAME: printed
     tasks: list[str] = ()  # utility: hellaswag=FILE mmlu=DIR gsm8k=FILE (or FILE+EXAMPLES)
     task_prompts: Literal["chat", "raw"] = "chat"  # raw: lm-evaluation-harness's own numbers
-    ask: str = ""  # print every system's response to this text and stop
+    policy_prompt: str = ""  # NAME of a system that gets the whole safety policy as its system
+    #   turn: the baseline without training
+    ask: str = ""  # print every system's response to this text; "-": to every line of stdin
 
 
 class System(NamedTuple):
-    """A model, with an adapter or none ("")."""
+    """A model, with an adapter or none (""), shown the policy or not."""
 
     model: str
     adapter: str
+    policy: bool = False
+
+    def messages(self, prompt: str) -> list[dict]:
+        """The conversation that it is asked to answer."""
+        shown = teacher_messages(prompt, tuple(POLICY.texts))
+        return shown if self.policy else shown[1:]
 
     @property
     def outputs(self) -> str:
@@ -116,7 +126,8 @@ def check_flags(cfg: Config, systems: dict[str, System]) -> None:
         raise UserError("evaluate.py runs in one process, without torchrun")
     if not (cfg.out and (cfg.prompts or cfg.tasks or cfg.score_only)):
         raise UserError("give --out DIR and --prompts FILE [FILE ...], or --tasks")
-    for flag in ("base_system", "refusal_system", "deliberative_system", "gate_sweep"):
+    for flag in ("base_system", "refusal_system", "deliberative_system", "gate_sweep",
+                 "policy_prompt"):
         if (name := getattr(cfg, flag)) and name not in systems:
             raise UserError(f"--{flag} {name!r} is none of the --systems ({', '.join(systems)})")
     made = [name for name, system in systems.items() if system.outputs]
@@ -170,7 +181,7 @@ def answers(cfg: Config, file: Path, system: System, records: list[Record], plac
             label = file.stem.removeprefix("rows-")
             forced = [forced_ids(tokenizer, r, *begun) for r in records] if begun else None
             responses = respond(model, tokenizer, records, sampling, cfg.slots, label, threshold,
-                                kept=kept, forced=forced)
+                                [system.messages(r.prompt) for r in records], kept, forced)
         write_jsonl(file, map(response_to_dict, responses))
         kept.unlink(missing_ok=True)
     return read_responses(file)
@@ -319,14 +330,17 @@ def summarise_run(cfg: Config, run: Path, systems: dict[str, System],
 
 
 def ask(cfg: Config, systems: dict[str, System], place: Place) -> None:
-    """--ask: every system's response to one text, printed."""
+    """--ask: every system's response to one text, or to every line of stdin, printed."""
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.seed)
     if made := [name for name, system in systems.items() if system.outputs]:
         raise UserError(f"--ask: {made[0]} is a file of responses, no model to ask")
-    for name, system in systems.items():
-        [response] = respond(*load_system(system, place), [Record("ask", cfg.ask, "benign")],
-                             sampling, gate_threshold=cfg.gate_threshold)
-        print(f"--- {name}\n{response.text}")
+    loaded = {name: load_system(system, place) for name, system in systems.items()}
+    for text in map(str.rstrip, sys.stdin) if cfg.ask == "-" else [cfg.ask]:
+        for name, system in systems.items():
+            [response] = respond(*loaded[name], [Record("ask", text, "benign")], sampling,
+                                 gate_threshold=cfg.gate_threshold,
+                                 messages=[system.messages(text)])
+            print(f"--- {name}\n{response.text}", flush=True)
 
 
 def finished(where: str, judge: str) -> list[Response]:
@@ -412,6 +426,8 @@ def main(cfg: Config) -> None:
         print(compare(*(finished(c, cfg.judge[0]) for c in cfg.compare), cfg.judge[0], cfg.seed))
         return
     systems, place = parse_systems(cfg.systems), pick_place(cfg)
+    if cfg.policy_prompt in systems:
+        systems[cfg.policy_prompt] = systems[cfg.policy_prompt]._replace(policy=True)
     if cfg.ask:
         ask(cfg, systems, place)
         return
