@@ -7,7 +7,7 @@
 1. prompts -> responses of every system  (respond; rows-NAME.jsonl, kept: scoring again is free)
 2. responses -> verdicts of every judge  (add_verdicts; an unclosed think block is never judged)
 3. responses and verdicts -> numbers     (scoring.summarise; summary.json)
-4. numbers -> report.md and the table that is printed
+4. numbers -> report.md, report.html and the table that is printed
 """
 
 import json
@@ -24,6 +24,7 @@ from ease.judge import Format, Shown, judge_model, load_judge
 from ease.loading import Place, load_model, load_tokenizer, pick_place, resolve
 from ease.lora import merge_lora
 from ease.outputs import read_outputs
+from ease.page import html_report
 from ease.ranks import RANKS
 from ease.readers import read_named
 from ease.records import (Record, Response, UserError, read_jsonl, read_responses,
@@ -283,8 +284,7 @@ def main(cfg: Config) -> None:
         raise UserError("evaluate.py runs in one process, without torchrun")
     systems, place = parse_systems(cfg.systems), pick_place(cfg)
     if cfg.ask:
-        ask(cfg, systems, place)
-        return
+        return ask(cfg, systems, place)
     check_flags(cfg, systems)
     guards = [judge_model(name) for name in cfg.judge]
     records = [r for found in read_named(*cfg.prompts) for r in found[: cfg.limit or None]]
@@ -324,6 +324,7 @@ def main(cfg: Config) -> None:
         summary["gate"], more = gate, sweep_section(gate)
     write_text(out / "summary.json", json.dumps(summary, indent=2, default=asdict) + "\n")
     write_text(out / "report.md", markdown_report(summary, more))
+    write_text(out / "report.html", html_report(summary, by_system, cfg.judge[0]))
     print(glance(summary))
     if cfg.score_only:
         print(f"scored again; results in {out}")

@@ -34,7 +34,7 @@ MACHINERY = [
     "traces",
     "teacher",
 ]
-EXTRAS = ["contest", "sweep", "stability", "topk", "__main__"]  # a first reading skips them
+EXTRAS = ["contest", "sweep", "page", "stability", "topk", "__main__"]  # a first reading skips them
 PACKAGES = {"torch", "safetensors", "tokenizers", "numpy", "tqdm", "jinja2", "huggingface_hub"}
 ORDER = METHOD + MACHINERY + EXTRAS
 FILES = [ROOT / "ease" / f"{name}.py" for name in ORDER]

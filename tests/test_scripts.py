@@ -192,7 +192,7 @@ def test_a_finished_evaluation_shows_its_table_again(runs, capsys):
 
 
 def test_score_only_scores_the_same_rows_beside_the_first_scoring(runs, capsys):
-    files = ("rows-ease.jsonl", "summary.json", "rows.jsonl", "report.md")
+    files = ("rows-ease.jsonl", "summary.json", "rows.jsonl", "report.md", "report.html")
     before = [(runs.out / "test" / name).read_bytes() for name in files]
     again = replace(runs.test, score_only=True, max_new_tokens=999, prompts=[])
     evaluate.main(replace(again, judge=["jailbreakbench"]))
