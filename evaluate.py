@@ -312,8 +312,7 @@ def main(cfg: Config) -> None:
     by_system = {name: found[name] for name in systems}
     forced = [answers_of(cfg.gate_sweep, f"{cfg.gate_sweep}+{label}", threshold) for
               label, threshold in (("opened", 0.0), ("direct", 2.0))] if cfg.gate_sweep else []
-    everyone = [r for found in [*by_system.values(), *forced] for r in found]
-    add_verdicts(cfg, everyone, place)
+    add_verdicts(cfg, [r for found in [*by_system.values(), *forced] for r in found], place)
     if cfg.base_system:
         mark_vulnerable(by_system, cfg.base_system, cfg.judge[0])
     write_jsonl(out / "rows.jsonl", [{"system": name, **response_to_dict(r)}

@@ -87,8 +87,8 @@ def tradeoff(summary: dict, by_system: dict[str, list[Response]], judge: str) ->
         svg += (f'<circle class="{kind}" cx="{x:.2f}%" cy="{y:.1f}" r="{size}"><title>'
                 f"{shown(name, 'tspan')}</title></circle>\n")
     swept = f"; line: the gate of {shown(gate['system'])}, the one chosen large" if curve else ""
-    return ("<h2>ASR (up, percent) against mean tokens of all prompts</h2>\n<p>Every system "
-            f"that has an ASR, with its 95% interval{swept}.</p>\n"
+    return ("<h2>ASR (up, percent) against mean tokens of all prompts</h2>\n<p>Systems "
+            f"that have an ASR, with its 95% interval{swept}.</p>\n"
             f'<svg class="plot" height="{tall}">{svg}</svg>\n')
 
 
