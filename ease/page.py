@@ -27,12 +27,12 @@ HEAD = """<!DOCTYPE html>
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 80rem; margin: auto; padding: 0 1rem;
   overflow-wrap: anywhere }
 p { max-width: 48rem } i { color: #e03131 } h3 { margin: 0 }
-table { display: block; overflow: auto; white-space: nowrap; border-spacing: 1rem .3rem }
-td + td { text-align: right }
-svg { overflow: visible; display: block; fill: CanvasText; font-size: 12px; margin: 2rem 0 }
-tspan { unicode-bidi: isolate } .axis { stroke: #8888 }
+table { display: block; overflow: auto; white-space: nowrap }
+td + td { text-align: right; padding-left: 1rem }
+svg { overflow: visible; display: block; fill: CanvasText; font-size: 12px }
+tspan { unicode-bidi: isolate } line { stroke: #8888 } .name { stroke-dasharray: 3 }
 .mark, rect { stroke: #3d85d9; fill: #3d85d9 } .curve { stroke: #d9662b; fill: #d9662b }
-.plot { width: calc(100% - 13rem); max-width: 40rem; margin: 2.5rem }
+.plot { width: calc(100% - 11rem); max-width: 40rem; margin: 2rem }
 .grid { display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)) }
 pre { font: inherit; white-space: pre-wrap; max-height: 22rem; overflow: auto; margin: .5rem 0 }
 </style></head><body><h1>Evaluation</h1>
@@ -53,7 +53,7 @@ def line(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:
 
 
 def words(x: float, y: float, text: object, where: str = "middle") -> str:
-    """In an SVG: a text that has its start, middle or end there."""
+    """In an SVG: a text that starts or ends there."""
     return f'<text x="{x:.2f}%" y="{y:.1f}" text-anchor="{where}">{shown(text, "tspan")}</text>\n'
 
 
@@ -73,16 +73,16 @@ def tradeoff(summary: dict, by_system: dict[str, list[Response]], judge: str) ->
     svg, at = "", tall + 16
     for i in range(5):
         y = tall * (1 - i / 4)
-        svg += line("axis", 0, y, 100, y) + words(0, y + 4, f"{25 * i}\u2002", "end")
+        svg += line("", 0, y, 100, y) + words(0, y + 4, f"{25 * i}\u2002", "end")
         svg += words(25 * i, tall + 18, end * i // 4)
     curve = [place(p) for _, kind, p in found if kind == "curve"]
     svg += "".join(line("curve", *a, *b) for a, b in zip(curve, curve[1:]))
-    for name, kind, p in sorted(found, key=lambda f: f[2]["asr"].value):
+    for name, kind, p in sorted(found, key=lambda f: (f[1], f[2]["asr"].value)):
         (x, y), size = place(p), 5 if kind == "mark" or p == gate["chosen"] else 3
         if kind == "mark":
             left -= 1
             at = min(at - 16, max(y, 16 * left))  # the name, with room for those above
-            svg += line("axis", x, y, 100, at) + words(100, at + 4, f"\u2002{name[:20]}", "start")
+            svg += line("name", x, y, 100, at) + words(100, at + 4, f"\u2002{name[:20]}", "start")
             svg += line("mark", *place(p, "low"), *place(p, "high"))
         svg += (f'<circle class="{kind}" cx="{x:.2f}%" cy="{y:.1f}" r="{size}"><title>'
                 f"{shown(name, 'tspan')}</title></circle>\n")
@@ -93,19 +93,20 @@ def tradeoff(summary: dict, by_system: dict[str, list[Response]], judge: str) ->
 
 
 def histogram(responses: list[Response]) -> str:
-    """One system's gate probabilities by kind of prompt."""
+    """One system's gate probabilities by kind."""
     svg, y, width = "", 0, 100 / (len(THRESHOLDS) - 1)
     for kind in KINDS:
         found = [r.gate for r in responses if r.record.kind == kind and not math.isnan(r.gate)]
         if found:
             y += 64
             svg += words(0, y - 46, f"{kind}, n = {len(found)}", "start")
-            svg += line("axis", 0, y, 100, y)
+            svg += line("", 0, y, 100, y)
         for i, n in Counter(bisect_right(THRESHOLDS, g) - 1 for g in found).items():
             tall = max(2, 40 * n / len(found))
             svg += (f'<rect x="{i * width:.2f}%" width="{width:.2f}%" y="{y - tall:.1f}" '
                     f'height="{tall:.1f}"><title>{n}</title></rect>\n')
-    svg += "".join(words(i * width, y + 15, min(1, THRESHOLDS[i])) for i in (0, 3, 6, 9, 13, 17))
+    svg += "".join(words(i * width, y + 15, t)
+                   for i, t in {0: 0, 3: 0.01, 6: 0.2, 9: 0.5, 13: 0.9, 17: 1}.items())
     return f'<svg width="100%" height="{y + 16}">{svg}</svg>' if y else "<p>Not known.</p>"
 
 
@@ -134,7 +135,7 @@ def response_html(name: str, r: Response) -> str:
 
 
 def examples(by_system: dict[str, list[Response]], judge: str) -> str:
-    """Responses to the same prompts side by side, by `disagreement`; the kinds take turns."""
+    """Responses side by side, ordered by `disagreement`; the kinds take turns."""
     rows, seen, out = [], Counter(), ""
     for responses in zip(*by_system.values(), strict=True):
         key = disagreement(responses, judge), responses[0].record.kind
