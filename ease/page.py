@@ -88,7 +88,7 @@ def tradeoff(summary: dict, by_system: dict[str, list[Response]], judge: str) ->
                 f"{shown(name, 'tspan')}</title></circle>\n")
     swept = f"; line: the gate of {shown(gate['system'])}, the one chosen large" if curve else ""
     return ("<h2>ASR (up, percent) against mean tokens of all prompts</h2>\n<p>Systems "
-            f"that have an ASR, with its 95% interval{swept}.</p>\n"
+            f"with an ASR, its 95% interval{swept}.</p>\n"
             f'<svg class="plot" height="{tall}">{svg}</svg>\n')
 
 
