@@ -8,7 +8,7 @@
 2. responses -> verdicts of every judge  (add_verdicts; an unclosed think block is never judged)
 3. responses and verdicts -> numbers     (scoring.summarise; summary.json)
    --tasks: questions -> right answers   (tasks.measure; tasks-NAME-TASK.jsonl)
-4. numbers -> report.md and the table that is printed
+4. numbers -> report.md, report.html and the table that is printed
 """
 
 import json
@@ -28,6 +28,7 @@ from ease.judge import Format, Shown, judge_model, load_judge
 from ease.loading import Place, load_model, load_tokenizer, pick_place, resolve
 from ease.lora import merge_lora
 from ease.outputs import read_outputs
+from ease.page import html_report
 from ease.policies import POLICY, teacher_messages
 from ease.prefill import WHERE, forced_ids, prefill_section, prefill_table
 from ease.ranks import RANKS
@@ -408,7 +409,7 @@ def prefilled(cfg: Config, run: Path, systems: dict[str, System],
 
 def write_reports(cfg: Config, out: Path, summary: dict, by_system: dict[str, list[Response]],
                   forced: list[list[Response]]) -> None:
-    """Step 4: summary.json, report.md and the table that is printed."""
+    """Step 4: summary.json, report.md, report.html and the table that is printed."""
     more = prefill_section(summary["prefill"]) if cfg.prefill else ""
     if forced:
         gate = sweep(cfg.gate_sweep, *forced, by_system, cfg.judge[0], cfg.token_budget)
@@ -418,6 +419,8 @@ def write_reports(cfg: Config, out: Path, summary: dict, by_system: dict[str, li
             *map(by_system.get, cfg.compare), cfg.judge[0], cfg.seed)
     write_text(out / "summary.json", json.dumps(summary, indent=2, default=asdict) + "\n")
     write_text(out / "report.md", markdown_report(summary, more))
+    if any(by_system.values()):
+        write_text(out / "report.html", html_report(summary, by_system, cfg.judge[0]))
     print((glance(summary) if any(by_system.values()) else "") + utility_table(summary))
 
 

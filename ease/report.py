@@ -50,8 +50,8 @@ def mean_over(kinds: tuple[str, ...], system: dict, value, unit: int = 1) -> str
     return f"{unit * (sum(value(k) * k['n'] for k in found) / n):.1f}" if n else "-"
 
 
-def glance(summary: dict) -> str:
-    """The whole comparison in seven columns."""
+def glance_rows(summary: dict) -> list[dict[str, str]]:
+    """The whole comparison in seven columns, a row for every system."""
     judge, plain, rows = summary["settings"]["judges"][0], ("harmful", "benign"), []
     for name, system in summary["systems"].items():
         attacked, lookalikes, _, benign = (system["kinds"].get(kind, {}) for kind in KINDS)
@@ -69,7 +69,13 @@ def glance(summary: dict) -> str:
             "reasons vuln/plain": " / ".join(thinks),
             "tokens plain/all": " / ".join(tokens),
             "cut plain/all": " / ".join(cuts)})
-    return f"ASR by {judge}; {summary['settings']['decoding']}.\n\n{listing(rows)}\n\n{LEGEND}\n"
+    return rows
+
+
+def glance(summary: dict) -> str:
+    """These rows as a table, with what they mean."""
+    settings, rows = summary["settings"], listing(glance_rows(summary))
+    return f"ASR by {settings['judges'][0]}; {settings['decoding']}.\n\n{rows}\n\n{LEGEND}\n"
 
 
 def by_kind(summary: dict, kind: str) -> str:

@@ -2,6 +2,7 @@
 every mistake that a user can mend.
 """
 
+import io
 import json
 import math
 import shutil
@@ -21,6 +22,7 @@ import train
 from ease.batching import collate, encode_record, plan_batches
 from ease.loading import load_model, load_tokenizer
 from ease.losses import gated_cross_entropy
+from ease.policies import POLICY
 from ease.readers import read_records
 from ease.records import (SAFE, UNPARSED, Record, Response, UserError, read_jsonl, read_lines,
                           write_jsonl)
@@ -192,7 +194,7 @@ def test_a_finished_evaluation_shows_its_table_again(runs, capsys):
 
 
 def test_score_only_scores_the_same_rows_beside_the_first_scoring(runs, capsys):
-    files = ("rows-ease.jsonl", "summary.json", "rows.jsonl", "report.md")
+    files = ("rows-ease.jsonl", "summary.json", "rows.jsonl", "report.md", "report.html")
     before = [(runs.out / "test" / name).read_bytes() for name in files]
     again = replace(runs.test, score_only=True, max_new_tokens=999, prompts=[])
     evaluate.main(replace(again, judge=["jailbreakbench"]))
@@ -344,6 +346,27 @@ def test_ask(world, capsys):
                                   max_new_tokens=20))
     out = capsys.readouterr().out
     assert "--- base\n" in out and len(out.splitlines()) >= 2
+
+
+def test_ask_line_by_line_with_and_without_the_policy(world, capsys, monkeypatch):
+    """--ask -: the models are loaded once; --policy_prompt shows one of them the policy."""
+    seen, real = [], evaluate.respond
+
+    def respond(*args, messages, **more):
+        seen.append(messages[0])
+        return real(*args, messages=messages, **more)
+
+    monkeypatch.setattr(evaluate, "respond", respond)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("how do i paint the car?\nthe lamp?\n"))
+    evaluate.main(evaluate.Config(systems=[f"base={world.base}", f"told={world.base}"], ask="-",
+                                  policy_prompt="told", max_new_tokens=5, dtype="float32"))
+    assert capsys.readouterr().out.count("--- told") == 2
+    assert [m[-1]["content"] for m in seen] == ["how do i paint the car?"] * 2 + ["the lamp?"] * 2
+    assert [len(m) for m in seen] == [1, 2, 1, 2]
+    assert all(text in seen[1][0]["content"] for text in POLICY.texts.values())
+    with pytest.raises(UserError, match="--policy_prompt 'nobody' is none of the --systems"):
+        evaluate.main(evaluate.Config(systems=[f"base={world.base}"], policy_prompt="nobody",
+                                      out="x", prompts=[world.test], dtype="float32"))
 
 
 def test_a_plus_inside_a_path(tmp_path, monkeypatch):
