@@ -265,12 +265,13 @@ def growth(cfg: dict, side: str) -> dict:
     import numpy as np
 
     sizes, seconds = [8, 16, 32], []
+    run = our_generator(cfg, 64) if cfg["variant"] == "generate" else None
     for n in sizes:
         if cfg["variant"] == "train":
             rows = training_rows(cfg | {"rows": n, "variant": "random"})
             seconds.append(sum(map(len, rows)) / train(cfg | {"rows": n}, side)["value"])
         else:
-            prompts, run = prompts_and_limits(64)[0][:n], our_generator(cfg, 64)
+            prompts = prompts_and_limits(64)[0][:n]
             start = clock(cfg)
             run(prompts, [64] * n)
             seconds.append(clock(cfg) - start)
