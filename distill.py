@@ -26,7 +26,7 @@ from ease.batching import (Example, collate, count_steps, encode_records, plan_b
 from ease.checkpoint import resume, save_checkpoint
 from ease.contest import Candidate, choose_teacher, teacher_report
 from ease.generate import Sampling
-from ease.judge import judge_model, load_judge
+from ease.judge import judge_model, load_judge, note_verdicts
 from ease.loading import (Place, load_model, load_tokenizer, load_trainable, pick_place, resolve,
                           save_trained)
 from ease.losses import cross_entropy, in_chunks
@@ -242,8 +242,7 @@ def try_teacher(cfg: Config, name: str, folder: Path, prompts: list[Record], pla
     dev = [r for r in read_named(cfg.dev)[0] if r.kind.startswith("adversarial")]
     responses = respond(model, tokenizer, dev, Sampling(cfg.max_new_tokens), cfg.slots, "dev")
     judge = load_judge(cfg.judge, *place, cfg.judge_format, cfg.judge_text, cfg.slots)
-    for response, verdict in zip(responses, judge(responses), strict=True):
-        response.verdicts[cfg.judge] = verdict
+    note_verdicts(judge, cfg.judge, responses)
     return candidate.judged_by(responses, cfg.judge)
 
 

@@ -24,7 +24,7 @@ import torch
 
 from ease.compare import compare
 from ease.generate import Sampling
-from ease.judge import Format, Shown, judge_model, load_judge
+from ease.judge import Format, Shown, judge_model, load_judge, note_verdicts
 from ease.loading import Place, load_model, load_tokenizer, pick_place, resolve
 from ease.lora import merge_lora
 from ease.outputs import read_outputs
@@ -42,6 +42,7 @@ from ease.scoring import (Rate, agreement, attack_succeeded, auroc, overhead_red
                           share, summarise)
 from ease.sweep import sweep, sweep_section
 from ease.tasks import Item, measure, read_items, task_files, utility
+from ease.tokenizer_files import read_json
 
 OUTPUTS = "responses:"  # in the place of a model: its responses were made elsewhere
 
@@ -92,8 +93,9 @@ class System(NamedTuple):
 
     def messages(self, prompt: str) -> list[dict]:
         """The conversation that it is asked to answer."""
-        shown = teacher_messages(prompt, tuple(POLICY.texts))
-        return shown if self.policy else shown[1:]
+        if self.policy:
+            return teacher_messages(prompt, tuple(POLICY.texts))
+        return [{"role": "user", "content": prompt}]
 
     @property
     def outputs(self) -> str:
@@ -121,16 +123,20 @@ def parse_systems(specs: list[str]) -> dict[str, System]:
     return systems
 
 
+def check_names(cfg: Config, systems: dict[str, System]) -> None:
+    """The flags that name a system must name one of --systems."""
+    for flag in ("base_system", "refusal_system", "deliberative_system", "gate_sweep",
+                 "policy_prompt"):
+        if (name := getattr(cfg, flag)) and name not in systems:
+            raise UserError(f"--{flag} {name!r} is none of the --systems ({', '.join(systems)})")
+
+
 def check_flags(cfg: Config, systems: dict[str, System]) -> None:
     """The mistakes that can be seen before anything is generated."""
     if RANKS > 1:
         raise UserError("evaluate.py runs in one process, without torchrun")
     if not (cfg.out and (cfg.prompts or cfg.tasks or cfg.score_only)):
         raise UserError("give --out DIR and --prompts FILE [FILE ...], or --tasks")
-    for flag in ("base_system", "refusal_system", "deliberative_system", "gate_sweep",
-                 "policy_prompt"):
-        if (name := getattr(cfg, flag)) and name not in systems:
-            raise UserError(f"--{flag} {name!r} is none of the --systems ({', '.join(systems)})")
     made = [name for name, system in systems.items() if system.outputs]
     if cfg.gate_sweep in made:
         raise UserError(f"--gate_sweep {cfg.gate_sweep}: responses made elsewhere cannot be made "
@@ -150,9 +156,9 @@ def check_flags(cfg: Config, systems: dict[str, System]) -> None:
     if cfg.token_budget and not cfg.gate_sweep:
         raise UserError("--token_budget is for choosing a threshold: it needs --gate_sweep NAME")
     if cfg.score_only:
-        if not (made := Path(cfg.out) / "manifest.json").exists():
+        if not (manifest := read_json(Path(cfg.out) / "manifest.json")):
             raise UserError(f"--score_only: {cfg.out} holds no evaluation")
-        known = json.loads(made.read_text(encoding="utf-8"))["config"]["systems"]
+        known = manifest["config"]["systems"]
         if other := sorted(set(cfg.systems) - set(known)):
             raise UserError(f"--score_only: the rows in {cfg.out} are of other systems than "
                             f"{other[0]}")
@@ -216,9 +222,8 @@ def threshold_of(cfg: Config, name: str) -> float | None:
 def add_verdicts(cfg: Config, responses: list[Response], place: Place) -> None:
     """Step 2: response.verdicts = {judge: verdict}."""
     for name in cfg.judge:
-        verdicts = load_judge(name, *place, cfg.judge_format, cfg.judge_text, cfg.slots)(responses)
-        for response, verdict in zip(responses, verdicts, strict=True):
-            response.verdicts[name] = verdict
+        judge = load_judge(name, *place, cfg.judge_format, cfg.judge_text, cfg.slots)
+        note_verdicts(judge, name, responses)
 
 
 def mark_vulnerable(by_system: dict[str, list[Response]], base: str, judge: str) -> None:
@@ -239,8 +244,7 @@ def training_of(adapter_or_model: str) -> tuple[dict, list[Record]]:
     totals, records, where = {}, [], adapter_or_model
     while where and (Path(where).parent / "done").exists():
         run = Path(where).parent
-        manifest, done = (json.loads((run / name).read_text(encoding="utf-8"))
-                          for name in ("manifest.json", "done"))
+        manifest, done = read_json(run / "manifest.json"), read_json(run / "done")
         if "steps" not in done:
             break
         if changed := changed_code(manifest):
@@ -296,7 +300,7 @@ def reductions(cfg: Config, by_system: dict[str, list[Response]]) -> dict[str, d
 def summarise_run(cfg: Config, run: Path, systems: dict[str, System],
                   by_system: dict[str, list[Response]]) -> dict:
     """Step 3: everything that summary.json holds, from responses with verdicts."""
-    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    manifest = read_json(run / "manifest.json")
     made, first = manifest["config"], cfg.judge[0]  # how the rows were made, whatever today's flags
     T, gate = made["temperature"], made["gate_threshold"]
     decoding = ", ".join([f"T = {T}, top_p = {made['top_p']}" if T else "greedy",
@@ -429,7 +433,8 @@ def main(cfg: Config) -> None:
         print(compare(*(finished(c, cfg.judge[0]) for c in cfg.compare), cfg.judge[0], cfg.seed))
         return
     systems, place = parse_systems(cfg.systems), pick_place(cfg)
-    if cfg.policy_prompt in systems:
+    check_names(cfg, systems)
+    if cfg.policy_prompt:
         systems[cfg.policy_prompt] = systems[cfg.policy_prompt]._replace(policy=True)
     if cfg.ask:
         ask(cfg, systems, place)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from ease.batching import collate, count_steps, encode_records, plan_batches, preview
 from ease.checkpoint import resume, save_checkpoint
 from ease.generate import Sampling
-from ease.judge import judge_model, load_judge
+from ease.judge import judge_model, load_judge, note_verdicts
 from ease.loading import (Place, base_and_adapter, load_model, load_tokenizer, load_trainable,
                           pick_place, resolve, save_trained)
 from ease.losses import gated_cross_entropy, in_chunks
@@ -159,8 +159,7 @@ def probe(cfg: Config, run: Path, diagnostic: list[Record], place: Place) -> lis
             kept = file.with_suffix(".kept")
             responses = respond(model, tokenizer, diagnostic, sampling, cfg.slots, file.stem,
                                 kept=kept)
-            for response, verdict in zip(responses, judge(responses), strict=True):
-                response.verdicts[cfg.judge] = verdict
+            note_verdicts(judge, cfg.judge, responses)
             write_jsonl(file, map(response_to_dict, responses))
             kept.unlink(missing_ok=True)
     return [read_responses(file) for file in files]

@@ -120,7 +120,7 @@ def main(cfg: Config) -> None:
     if cfg.fast:
         print("This was --fast, a smoke run: everything is too small, the numbers mean nothing.")
     print(f"done in {time.time() - started:.0f} s; the report is {toy.out}/test/report.md, its "
-          f"numbers {toy.out}/test/summary.json; to look at: {toy.out}/test/report.html")
+          f"numbers {toy.out}/test/summary.json; page: {toy.out}/test/report.html")
 
 
 if __name__ == "__main__":

@@ -131,6 +131,12 @@ def load_judge(name: str, dtype: torch.dtype, device: str, judge_format: Format 
     return judge
 
 
+def note_verdicts(judge: Judge, name: str, responses: list[Response]) -> None:
+    """response.verdicts[name] = the judge's verdict, for all."""
+    for response, verdict in zip(responses, judge(responses), strict=True):
+        response.verdicts[name] = verdict
+
+
 def find_format(name: str, model: CausalLM, tokenizer: Tokenizer) -> Format:
     """A guard's protocol, by what it writes on two probes; no guard's verdicts: instruct."""
     texts = written(model, tokenizer, [judge_messages(*pair) for pair in PROBES], 16)

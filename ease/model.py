@@ -34,6 +34,7 @@ class Linear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
         return linear(x, self.weight, self.bias)
 
     def reset_parameters(self) -> None:

@@ -19,6 +19,8 @@ HARMFUL_KINDS = ("adversarial_harmful", "harmful")
 VERDICTS = SAFE, UNSAFE, CONTROVERSIAL, UNPARSED = "safe", "unsafe", "controversial", "unparsed"
 WELL_FORMED, ABSENT, UNCLOSED = "well_formed", "absent", "unclosed"  # a text's think block
 
+# Of this process under torchrun (a RANK from elsewhere says nothing): rank 0 alone writes files.
+RANK = int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
 # The first bytes of a file that is no plain text: what unpacks it, and what is not read.
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\0": "lzma"}
 FOREIGN = {
@@ -197,8 +199,8 @@ def record_to_dict(record: Record) -> dict:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write atomically: a kill or a full disk in the middle leaves the previous file as it was."""
-    if os.environ.get("RANK", "0") != "0":
-        return  # under torchrun, rank 0 alone writes
+    if RANK:
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")

@@ -67,7 +67,7 @@ def our_model(cfg: dict, trained: bool):
     from ease.loading import load_model
     from ease.lora import add_lora
 
-    model = load_model(cfg["model"], "", DTYPE(cfg), cfg["device"])
+    model = load_model(cfg["model"], "", dtype_of(cfg), cfg["device"])
     if trained:
         add_lora(model, 16, 32.0, list(LORA_TARGETS))
         model.gradient_checkpointing = cfg["variant"] == "checkpointed"
@@ -79,7 +79,7 @@ def their_model(cfg: dict, trained: bool):
 
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
-    model = transformers.AutoModelForCausalLM.from_pretrained(cfg["model"], dtype=DTYPE(cfg))
+    model = transformers.AutoModelForCausalLM.from_pretrained(cfg["model"], dtype=dtype_of(cfg))
     model = model.to(cfg["device"])
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 2
     if trained:
@@ -94,7 +94,7 @@ def their_model(cfg: dict, trained: bool):
     return model
 
 
-def DTYPE(cfg: dict):
+def dtype_of(cfg: dict):
     import torch
 
     return getattr(torch, cfg["dtype"])

@@ -27,6 +27,15 @@ def test_one_process_adds_nothing():
     assert p.grad is None and sums == 1
 
 
+def test_a_rank_from_elsewhere_says_nothing(tmp_path):
+    """Schedulers set RANK too; only torchrun's processes stand back."""
+    write = f"from ease.records import write_text; write_text({str(tmp_path / 'f')!r}, 'x')"
+    for more, written in (({"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2"}, False), ({}, True)):
+        subprocess.run([sys.executable, "-c", write], cwd=ROOT, check=True,
+                       env={**os.environ, "RANK": "1", **more})
+        assert (tmp_path / "f").exists() == written
+
+
 def flags(cfg, out, **changes) -> list[str]:
     """The command line of a Config."""
     values = {k: v for k, v in (vars(cfg) | {"out": str(out)} | changes).items() if v not in ("",)}

@@ -364,9 +364,10 @@ def test_ask_line_by_line_with_and_without_the_policy(world, capsys, monkeypatch
     assert [m[-1]["content"] for m in seen] == ["how do i paint the car?"] * 2 + ["the lamp?"] * 2
     assert [len(m) for m in seen] == [1, 2, 1, 2]
     assert all(text in seen[1][0]["content"] for text in POLICY.texts.values())
-    with pytest.raises(UserError, match="--policy_prompt 'nobody' is none of the --systems"):
-        evaluate.main(evaluate.Config(systems=[f"base={world.base}"], policy_prompt="nobody",
-                                      out="x", prompts=[world.test], dtype="float32"))
+    for flags in ({"out": "x", "prompts": [world.test]}, {"ask": "how?"}):
+        with pytest.raises(UserError, match="--policy_prompt 'nobody' is none of the --systems"):
+            evaluate.main(evaluate.Config(systems=[f"base={world.base}"], policy_prompt="nobody",
+                                          dtype="float32", **flags))
 
 
 def test_a_plus_inside_a_path(tmp_path, monkeypatch):
