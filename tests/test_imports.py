@@ -70,10 +70,10 @@ def test_imports(file):
         top = name.split(".")[0]
         if top == "ease":
             used = name.split(".")[1]
-            above = file.parent.name != "ease" or ORDER.index(used) < ORDER.index(file.stem)
+            above = file.parent != ROOT / "ease" or ORDER.index(used) < ORDER.index(file.stem)
             assert above, f"{file.stem} imports {used}"
         elif top == "data":
-            assert file.parent.name != "ease", "ease knows nothing of data"
+            assert file.parent != ROOT / "ease", "ease knows nothing of data"
         else:
             assert top in sys.stdlib_module_names or top in PACKAGES, f"{file.stem} imports {name}"
             assert top in sys.stdlib_module_names or file.stem not in METHOD, (
@@ -117,7 +117,7 @@ def test_lines_are_at_most_100_columns_wide():
 
 
 def test_no_function_is_longer_than_50_lines():
-    long = [f"{file.stem}.{node.name}" for file in FILES if file.parent.name != "data"
+    long = [f"{file.stem}.{node.name}" for file in FILES if file.parent != ROOT / "data"
             for node in ast.walk(ast.parse(file.read_text()))
             if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 50]
     assert not long
