@@ -4,15 +4,20 @@ of plain requests, for WildJailbreak, the paper's source, is gated.
 Sources: Wei et al. 2023 (arXiv 2307.02483): prefix_injection, refusal_suppression, style_injection,
 base64, rot13, leetspeak, and pairs; Liu et al. 2023 (2305.13860): role_play, fiction; Kang et al.
 2023 (2302.05733): payload_splitting; Wei et al. 2023 (2310.06387): few_shot; Liu et al. 2024
-(2410.02832): reversed_words. letter_spacing is folklore. The wording is ours.
+(2410.02832): reversed_words. letter_spacing is folklore. The wording is ours. Other templates come
+from a file.
 """
 
 import base64 as b64
 import codecs
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
+from ease.readers import read_rows
 from ease.records import Record, UserError
+
+SLOT = "[INSERT PROMPT HERE]"  # of a template, as GPTFuzzer (arXiv 2309.10253) writes it
 
 
 def prefix_injection(request: str, rng: Random) -> str:
@@ -120,8 +125,30 @@ def apply_attack(name: str, request: str, seed: int = 0) -> str:
     return request
 
 
-def attack_record(record: Record, name: str, seed: int = 0) -> Record:
-    """The adversarial form of a record, in the same group."""
+def read_templates(path: str, longest: int) -> dict[str, str]:
+    """{"template-ID": text} of a table with columns id and text. Those of more than `longest`
+    characters are left out (0 = none) and counted; one without the slot is an error.
+    """
+    found, rows = {}, read_rows(Path(path))
+    for row in rows:
+        if SLOT not in row["text"]:
+            raise UserError(f"{row.where}: field 'text' lacks the slot {SLOT}")
+        name = f"template-{row.id}"
+        if name in found:
+            raise UserError(f"{row.where}: the id {row.id!r} stands twice")
+        found[name] = row["text"]
+    kept = {name: text for name, text in found.items() if not 0 < longest < len(text)}
+    if len(kept) < len(found):
+        print(f"{path}: {len(kept)} of {len(found)} templates have at most {longest} characters")
+    return kept
+
+
+def attack_record(record: Record, name: str, seed: int = 0, templates: dict[str, str] | None = None
+                  ) -> Record:
+    """The adversarial form of a record, in the same group: in the template of that name, or under
+    the attack.
+    """
+    text = (templates or {}).get(name)
+    prompt = text.replace(SLOT, record.prompt) if text else apply_attack(name, record.prompt, seed)
     kind = "adversarial_harmful" if record.harmful else "adversarial_benign"
-    return replace(record, id=f"{record.id}/{name}", kind=kind, attack=name,
-                   prompt=apply_attack(name, record.prompt, seed))
+    return replace(record, id=f"{record.id}/{name}", kind=kind, attack=name, prompt=prompt)

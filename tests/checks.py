@@ -8,6 +8,8 @@ import math
 import random
 import re
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 
 import pytest
@@ -996,6 +998,35 @@ def check_reversed_words(fn):
     for request in REQUESTS:
         words = fn(request, None).partition("do what it says: ")[2].split()
         assert words[::-1] == request.split()
+
+
+def check_attack_record(fn):
+    templates = {"t": "Play on. [INSERT PROMPT HERE]! Then stop.", "base64": "never"}
+    r = record(id="7", prompt="Say [INSERT PROMPT HERE] twice", group="g", target="Sure, twice")
+    found = fn(r, "t", 0, templates)
+    assert found.prompt == "Play on. Say [INSERT PROMPT HERE] twice! Then stop."  # filled once
+    assert (found.id, found.group, found.attack, found.kind, found.target) == (
+        "7/t", "g", "t", "adversarial_harmful", "Sure, twice")
+    benign = fn(replace(r, kind="benign"), "t", 0, templates)
+    assert benign.kind == "adversarial_benign" and benign.prompt == found.prompt  # twins
+    assert fn(r, "rot13", 0, {"t": "x"}).prompt == fn(r, "rot13").prompt != r.prompt
+    assert "UserError: unknown attack 'u'" in error_of(fn, r, "u", 0, templates)
+
+
+def check_read_templates(fn):
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "t.csv"
+        slot, long = "[INSERT PROMPT HERE]", "y" * 100
+        file.write_text(f'id,text\n3,"{slot}, now\n"\n9,{slot}{long}\n4,ab {slot}\n')
+        whole = {"template-3": f"{slot}, now\n", "template-4": f"ab {slot}"}
+        assert fn(str(file), 119) == whole  # the slot counts, and nothing is cut
+        assert fn(str(file), 120) == fn(str(file), 0) == {**whole, "template-9": slot + long}
+        file.write_text(f"id,text\n1,{slot}\n2,[insert]\n")
+        assert ":3: field 'text' lacks the slot" in error_of(fn, str(file), 0)
+        file.write_text(f"id,text\n1,{slot}\n1,b {slot}\n")
+        assert "the id '1' stands twice" in error_of(fn, str(file), 0)
+        file.write_text("id,goal\n1,b\n")
+        assert "UserError" in error_of(fn, str(file), 0)
 
 
 def check_forced_ids(fn):

@@ -13,6 +13,11 @@ def test_attack(name):
     verify(attacks, name)
 
 
+@pytest.mark.parametrize("name", ["attack_record", "read_templates"])
+def test_templates(name):
+    verify(attacks, name)
+
+
 def test_pairs_apply_the_second_to_the_first_and_seeds_matter():
     both = apply_attack("rot13+fiction", REQUEST)
     assert "novel" in both and "ROT13" in both and both.index("novel") < both.index("ROT13")
