@@ -148,6 +148,8 @@ def check_flags(cfg: Config, systems: dict[str, System]) -> None:
     if bool(made) != bool(cfg.tokenizer) and not cfg.score_only:
         raise UserError("--tokenizer MODEL counts the tokens of NAME=responses:FILE: give both or "
                         "neither")
+    if cfg.tasks and cfg.policy_prompt and cfg.task_prompts == "raw":
+        raise UserError("--policy_prompt: raw --task_prompts have no system turn")
     if cfg.compare and (len(cfg.compare) != 2 or set(cfg.compare) - set(systems)):
         raise UserError(f"--compare: expected two of the --systems ({', '.join(systems)})")
     if cfg.prefill and (min(cfg.prefill) < 0 or set(cfg.judge) == {"target"}):
@@ -207,7 +209,7 @@ def utility_of(cfg: Config, run: Path, systems: dict[str, System], items: dict[s
             for task in missing:
                 write_jsonl(files[task], measure(
                     model, tokenizer, task, items[task], cfg.task_prompts == "raw",
-                    cfg.max_new_tokens, cfg.slots, threshold_of(cfg, name)))
+                    cfg.max_new_tokens, cfg.slots, threshold_of(cfg, name), system.messages))
         results[name] = {task: [row for _, row in read_lines(file)] for task, file in files.items()}
     base = cfg.base_system or next(iter(systems))
     return {"prompts": cfg.task_prompts, "base": base, "lines": utility(results, base)}

@@ -231,10 +231,13 @@ def response_to_dict(response: Response) -> dict:
 def read_responses(path: str | Path) -> list[Response]:
     """The inverse, of a whole file."""
     responses = []
-    for _, row in read_lines(path):
-        known = {name: row.pop(name) for name in RESPONDED_TO}
-        record = Record(**known, response=row.pop("expected"))
+    for where, row in read_lines(path):
         row.pop("system", None)  # rows.jsonl holds several
-        row["gate"] = math.nan if row["gate"] is None else row["gate"]
-        responses.append(Response(record, **row))
+        try:
+            known = {name: row.pop(name) for name in RESPONDED_TO}
+            record = Record(**known, response=row.pop("expected"))
+            row["gate"] = math.nan if row["gate"] is None else row["gate"]
+            responses.append(Response(record, **row))
+        except (KeyError, TypeError) as e:
+            raise UserError(f"{where}: no response as today's code writes it: {e}") from None
     return responses

@@ -223,7 +223,8 @@ def open_run(cfg: RunFlags, inputs: list[str], place: tuple[torch.dtype, str]) -
 
 def same_run(cfg: RunFlags, old: dict, new: dict) -> dict:
     """The manifest to go on with; an error if the run in the folder is another one."""
-    before, now = ({**{name: canonical(value) for name, value in m["config"].items()},
+    new_flags = {f.name: f.default for f in fields(cfg)}  # that the older run did not have
+    before, now = ({**{n: canonical(value) for n, value in (new_flags | m["config"]).items()},
                     **{canonical(path): digest for path, digest in m["inputs"].items()},
                     "script": m["script"], "dtype": m["dtype"]} for m in (old, new))
     for name in now | before:

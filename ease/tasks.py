@@ -6,7 +6,7 @@ no space in front, and it is counted how often the model would reason instead.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from os.path import commonprefix
 from pathlib import Path
 from typing import NamedTuple
@@ -104,13 +104,16 @@ def read_items(task: str, files: list[tuple[str, str]], limit: int = 0) -> list[
     return items
 
 
-def encode_item(tokenizer: Tokenizer, item: Item, raw: bool) -> tuple[list[int], list[list[int]]]:
+def encode_item(tokenizer: Tokenizer, item: Item, raw: bool, messages: Callable | None = None
+                ) -> tuple[list[int], list[list[int]]]:
     """The ids of (context, endings). Raw: context, space and choice as one text, cut where the
-    context (without spaces at its end) ends. Chat: the choices alone, then the open marker.
+    context (without spaces at its end) ends. Chat: the conversation messages(context), or a plain
+    user turn; the choices alone, then the open marker.
     """
     if not raw:
         endings = [tokenizer.encode(text) for text in (*item.choices, THINK_OPEN)]
-        return tokenizer.user_prompt(item.context), endings
+        return (tokenizer.encode_prompt(messages(item.context)) if messages else
+                tokenizer.user_prompt(item.context)), endings
     context = tokenizer.fast.encode(item.context.rstrip()).ids
     return context, [tokenizer.fast.encode(f"{item.context} {choice}").ids[len(context) :]
                      for choice in item.choices]
@@ -143,11 +146,13 @@ def log_likelihoods(model: CausalLM, items: list[tuple[list[int], list[list[int]
 
 
 def measure(model: CausalLM, tokenizer: Tokenizer, task: str, items: list[Item], raw: bool,
-            new_tokens: int, slots: int, threshold: float | None) -> list[dict]:
+            new_tokens: int, slots: int, threshold: float | None,
+            messages: Callable | None = None) -> list[dict]:
     """A row an item: {id, gold, log_p or text, scores: {metric: bool; None: an unclosed think
-    block}, reasons: None if raw}. All greedy; slots, threshold: as in generate.
+    block}, reasons: None if raw}. All greedy; slots, threshold: as in generate; messages: as in
+    encode_item.
     """
-    rows, encoded = [], [encode_item(tokenizer, i, raw) for i in items]
+    rows, encoded = [], [encode_item(tokenizer, i, raw, messages) for i in items]
     if task == "gsm8k":
         found = generate(model, [context for context, _ in encoded],
                          Sampling(RAW_TOKENS if raw else new_tokens), tokenizer.stop_ids, None,

@@ -508,6 +508,9 @@ def check_encode_item(fn):
     prompt, endings = texts(False, "Answer:", *"ABCD")
     assert prompt == decode(TOKENIZER.user_prompt("Answer:"), skip_special_tokens=False)
     assert endings == [*"ABCD", "<think>\n"]
+    policy = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Answer:"}]
+    told, _ = fn(TOKENIZER, Item("i", "Answer:", (), 0), False, lambda _: policy)
+    assert told == TOKENIZER.encode_prompt(policy)  # --policy_prompt
 
 
 # ------------------------------------------------------------------------------------------ tensors

@@ -688,21 +688,25 @@ def clean__title_is_a_bracket(text):
     return re.sub(r"\[.*?\]", "", text.strip()).replace("  ", " ")
 
 
-def encode_item__letters_without_the_space(tokenizer, item, raw):
-    context, endings = tasks.encode_item(tokenizer, item, raw)
+def encode_item__letters_without_the_space(tokenizer, item, raw, messages=None):
+    context, endings = tasks.encode_item(tokenizer, item, raw, messages)
     return context, [tokenizer.encode(c) for c in item.choices] if raw else endings
 
 
-def encode_item__space_in_chat(tokenizer, item, raw):
-    context, endings = tasks.encode_item(tokenizer, item, raw)
+def encode_item__space_in_chat(tokenizer, item, raw, messages=None):
+    context, endings = tasks.encode_item(tokenizer, item, raw, messages)
     return context, endings if raw else [tokenizer.encode(f" {c}") for c in item.choices] + [
         endings[-1]]
 
 
-def encode_item__spaces_stay_with_the_context(tokenizer, item, raw):
+def encode_item__spaces_stay_with_the_context(tokenizer, item, raw, messages=None):
     if not raw:
-        return tasks.encode_item(tokenizer, item, raw)
+        return tasks.encode_item(tokenizer, item, raw, messages)
     return tokenizer.encode(item.context), [tokenizer.encode(f" {c}") for c in item.choices]
+
+
+def encode_item__the_policy_forgotten(tokenizer, item, raw, messages=None):
+    return tasks.encode_item(tokenizer, item, raw)
 
 
 # tensors

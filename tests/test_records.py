@@ -1,12 +1,13 @@
 import bz2
 import gzip
+import json
 import lzma
 import os
 
 import pytest
 
-from ease.records import (KINDS, Record, UserError, digest, read_jsonl, read_text, record_from_dict,
-                          write_jsonl, write_text)
+from ease.records import (KINDS, Record, Response, UserError, digest, read_jsonl, read_responses,
+                          read_text, record_from_dict, response_to_dict, write_jsonl, write_text)
 
 
 def test_round_trip(tmp_path):
@@ -129,3 +130,18 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         write_text(tmp_path / "x", "new")
     assert (tmp_path / "x").read_text() == "old"
+
+
+@pytest.mark.parametrize("change", [{"gate": None, "novel": 1}, {"kind": ...}, {"text": ...}])
+def test_responses_of_other_code(tmp_path, change):
+    """A row that lacks a field or has one more: its line, not a traceback."""
+    record = Record("1", "hi", "benign")
+    row = response_to_dict(Response(record, "yes", "", "yes", "absent", True, False, 0.5,
+                                    {"total": 1}, 0.1))
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    assert read_responses(file)[0].record == record
+    row = {k: v for k, v in (row | change).items() if v is not ...}
+    file.write_text(file.read_text() + json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=r"rows.jsonl:2: no response .*(novel|kind|text)"):
+        read_responses(file)

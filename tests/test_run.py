@@ -143,6 +143,19 @@ def test_a_run_folder_belongs_to_one_configuration(tmp_path):
     assert not (tmp_path / "other").exists()  # a mended flag may still use the folder
 
 
+
+def test_a_flag_that_the_older_run_did_not_have(tmp_path):
+    """It had the default then: only another value makes another run."""
+    cfg = Config(out=str(tmp_path / "run"))
+    manifest = open_run(cfg, [], FP32) / "manifest.json"
+    old = json.loads(manifest.read_text())
+    del old["config"]["rate"]
+    manifest.write_text(json.dumps(old))
+    open_run(cfg, [], FP32)
+    with pytest.raises(UserError, match="another rate .0.5, now 0.7"):
+        open_run(replace(cfg, rate=0.7), [], FP32)
+
+
 def test_a_finished_run_hashes_no_model(tmp_path, monkeypatch):
     """It says at once that it is finished; files are compared all the same."""
     data, model, folder = tmp_path / "data", tmp_path / "m", str(tmp_path / "r")

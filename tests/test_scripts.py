@@ -368,6 +368,9 @@ def test_ask_line_by_line_with_and_without_the_policy(world, capsys, monkeypatch
         with pytest.raises(UserError, match="--policy_prompt 'nobody' is none of the --systems"):
             evaluate.main(evaluate.Config(systems=[f"base={world.base}"], policy_prompt="nobody",
                                           dtype="float32", **flags))
+    with pytest.raises(UserError, match="raw --task_prompts have no system turn"):
+        evaluate.main(evaluate.Config(systems=[f"told={world.base}"], policy_prompt="told", out="x",
+                                      tasks=["gsm8k=x"], task_prompts="raw", dtype="float32"))
 
 
 def test_a_plus_inside_a_path(tmp_path, monkeypatch):

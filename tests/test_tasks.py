@@ -152,6 +152,12 @@ def test_measure(tmp_path):
         context, endings = encode_item(TOKENIZER, item, raw)
         wanted = log_likelihoods(model, [(context, endings[:4])])[0]
         assert row["log_p"] == pytest.approx([p for p, _ in wanted], rel=1e-4)
+    def policy(text):
+        return [{"role": "system", "content": "Be kind."}, {"role": "user", "content": text}]
+
+    for task in ("mmlu", "gsm8k"):
+        told = measure(model, TOKENIZER, task, items[task], False, 12, 2, None, policy)
+        assert told != run(task, False)
     for task in items:  # the gate decides
         for threshold in (0.0, 2.0):
             rows = run(task, False, threshold)
