@@ -193,7 +193,7 @@ def answers(cfg: Config, file: Path, system: System, records: list[Record], plac
             label = file.stem.removeprefix("rows-")
             forced = [forced_ids(tokenizer, r, *begun) for r in records] if begun else None
             settings = label, threshold, [system.messages(r.prompt) for r in records]
-            if alone:  # nobody times what is done only once
+            if alone:  # untimed: what is done only once
                 respond(model, tokenizer, records[:1], sampling, 1, *settings)
             responses = respond(model, tokenizer, records, sampling, 1 if alone else cfg.slots,
                                 *settings, kept, forced)
@@ -302,7 +302,7 @@ def reductions(cfg: Config, by_system: dict[str, list[Response]]) -> dict[str, d
 
 
 def summarise_run(cfg: Config, run: Path, systems: dict[str, System],
-                  by_system: dict[str, list[Response]], alone: dict[str, list[Response]]) -> dict:
+                  by_system: dict[str, list[Response]], alone: dict) -> dict:
     """Step 3: everything that summary.json holds, from responses with verdicts."""
     manifest = read_json(run / "manifest.json")
     made, first = manifest["config"], cfg.judge[0]  # how the rows were made, whatever today's flags

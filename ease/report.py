@@ -129,7 +129,7 @@ def cost_table(summary: dict) -> str:
                                 for k, v in system["cost"].items()}}
             for name, system in summary["systems"].items()]
     return (f"\n## Cost\n\nTokens per second: --slots at once; the rest: --latency, one at a time. "
-            f"Peak memory of all: {peak} GiB.\n\n{listing(rows)}\n"
+            f"Peak memory of all in one process: {peak} GiB.\n\n{listing(rows)}\n"
             if (peak := summary["peak_gib"]) else "")
 
 

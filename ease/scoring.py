@@ -280,7 +280,7 @@ def summarise_kind(responses: list[Response]) -> dict:
 
 
 def shares_by(names, test, by_system: dict[str, list[Response]]) -> dict[str, dict[str, Rate]]:
-    """{name: {system: share of a test}}, for every name in names(record)."""
+    """{name: {system: share of a test}}, for all names(record)."""
     every = {n for found in by_system.values() for r in found for n in names(r.record)} - {""}
     return {n: {system: share(test, [r for r in found if n in names(r.record)])
                 for system, found in by_system.items()} for n in sorted(every)}
@@ -299,7 +299,7 @@ def over_refusal(by_system: dict[str, list[Response]]) -> dict[str, dict]:
     return shares_by(types, refused, by_system)
 
 
-def cost(together: list[Response], alone: list[Response]) -> dict[str, float | None]:
+def cost(together: list[Response], alone: list[Response]) -> dict:
     """Tokens a second of responses made together; seconds and tokens of those made one at a time.
     """
     seconds, each = sum(r.seconds for r in together), [r.seconds for r in alone]
