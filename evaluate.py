@@ -5,6 +5,7 @@
     python evaluate.py --systems base=M_s --ask "text"
 
 1. prompts -> responses of every system  (respond; rows-NAME.jsonl, kept: scoring again is free)
+   --latency N: N of them one at a time  (rows-NAME+latency.jsonl)
 2. responses -> verdicts of every judge  (add_verdicts; an unclosed think block is never judged)
 3. responses and verdicts -> numbers     (scoring.summarise; summary.json)
    --tasks: questions -> right answers   (tasks.measure; tasks-NAME-TASK.jsonl)
@@ -13,6 +14,7 @@
 
 import json
 import math
+import random
 import re
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -37,9 +39,10 @@ from ease.records import (Record, Response, UserError, read_jsonl, read_lines, r
                           response_to_dict, write_jsonl, write_text)
 from ease.report import glance, markdown_report, utility_table
 from ease.respond import respond
-from ease.run import RunFlags, changed_code, command_line, finish, is_done, open_run
-from ease.scoring import (Rate, agreement, attack_succeeded, auroc, overhead_reduction, overlap,
-                          share, summarise)
+from ease.run import (RunFlags, changed_code, command_line, finish, is_done, log, open_run,
+                      peak_memory)
+from ease.scoring import (Rate, agreement, attack_succeeded, auroc, cost, over_refusal,
+                          overhead_reduction, overlap, shares_by, summarise)
 from ease.sweep import sweep, sweep_section
 from ease.tasks import Item, measure, read_items, task_files, utility
 from ease.tokenizer_files import read_json
@@ -73,6 +76,7 @@ class Config(RunFlags):
     gate_sweep: str = ""  # NAME of a system to answer twice, forced to reason and forced not to
     prefill: list[int] = ()  # ASR of harmful prompts behind the first k tokens of an opening, for
     #   every k given (0 2 5 10); judged by the first judge but target
+    latency: int = 0  # so many prompts again, one at a time: p50 and p95 of a response's seconds
     token_budget: float = 0.0  # with --gate_sweep: tokens a response of the threshold (0 = any)
     score_only: bool = False  # score the rows of --out with these judges, in a folder beside them
     compare: list[str] = ()  # A B: is the difference chance? Two of the --systems; without them
@@ -141,8 +145,8 @@ def check_flags(cfg: Config, systems: dict[str, System]) -> None:
     if cfg.gate_sweep in made:
         raise UserError(f"--gate_sweep {cfg.gate_sweep}: responses made elsewhere cannot be made "
                         "again")
-    if (cfg.gate_sweep or cfg.prefill) and not (cfg.prompts or cfg.score_only):
-        raise UserError("--gate_sweep and --prefill answer --prompts: give some")
+    if (cfg.gate_sweep or cfg.prefill or cfg.latency) and not (cfg.prompts or cfg.score_only):
+        raise UserError("--gate_sweep, --prefill and --latency answer --prompts: give some")
     if cfg.tasks and made:
         raise UserError(f"--tasks asks the model itself: not with the responses of {made[0]}")
     if bool(made) != bool(cfg.tokenizer) and not cfg.score_only:
@@ -176,9 +180,10 @@ def load_system(system: System, place: Place):
 
 
 def answers(cfg: Config, file: Path, system: System, records: list[Record], place: Place,
-            threshold: float | None, begun: tuple[int, str] | None = None) -> list[Response]:
+            threshold: float | None, begun: tuple[int, str] | None = None, alone: bool = False
+            ) -> list[Response]:
     """Step 1: one system's responses, made here or read. A stage: `file`. begun: (k, where) of
-    prefill.forced_ids.
+    prefill.forced_ids. alone: one at a time.
     """
     if not file.exists() and not cfg.score_only:
         kept = file.with_suffix(".kept")
@@ -189,8 +194,13 @@ def answers(cfg: Config, file: Path, system: System, records: list[Record], plac
             model, tokenizer = load_system(system, place)
             label = file.stem.removeprefix("rows-")
             forced = [forced_ids(tokenizer, r, *begun) for r in records] if begun else None
-            responses = respond(model, tokenizer, records, sampling, cfg.slots, label, threshold,
-                                [system.messages(r.prompt) for r in records], kept, forced)
+            settings = label, threshold, [system.messages(r.prompt) for r in records]
+            if alone:  # untimed: what is done only once
+                respond(model, tokenizer, records[:1], sampling, 1, *settings)
+            responses = respond(model, tokenizer, records, sampling, 1 if alone else cfg.slots,
+                                *settings, kept, forced)
+        if not begun:  # by then the process has held a judge
+            log(file.parent, peak_gib=round(peak_memory() / 2**30, 2))
         write_jsonl(file, map(response_to_dict, responses))
         kept.unlink(missing_ok=True)
     return read_responses(file)
@@ -262,23 +272,17 @@ def breakdown(by_system: dict[str, list[Response]], judge: str, trained_attacks:
     """ASR of adversarial harmful prompts by attack, by whether any system was trained on the attack
     (of a pair: on both), and by source: {field: {value: {system: rate}}}.
     """
-    def trained(record: Record) -> str:
+    def trained(record: Record) -> set[str]:
         known = set(record.attack.split("+")) <= trained_attacks
-        return record.attack and ("families trained on" if known else "held-out families")
+        return {record.attack and ("families trained on" if known else "held-out families")}
 
-    fields = {"attack": lambda r: r.attack, "source": lambda r: r.source}
+    fields = {"attack": lambda r: {r.attack}, "source": lambda r: {r.source}}
     if trained_attacks:
         fields["trained on"] = trained
     attacked = {name: [r for r in responses if r.record.kind == "adversarial_harmful"]
                 for name, responses in by_system.items()}
-    out = {}
-    for field, of in fields.items():
-        values = sorted({of(r.record) for r in next(iter(attacked.values()))} - {""})
-        out[field] = {
-            value: {name: share(lambda r: attack_succeeded(r, judge),
-                                [r for r in responses if of(r.record) == value])
-                    for name, responses in attacked.items()} for value in values}
-    return out
+    return {field: shares_by(of, lambda r: attack_succeeded(r, judge), attacked)
+            for field, of in fields.items()}
 
 
 def reductions(cfg: Config, by_system: dict[str, list[Response]]) -> dict[str, dict]:
@@ -300,7 +304,7 @@ def reductions(cfg: Config, by_system: dict[str, list[Response]]) -> dict[str, d
 
 
 def summarise_run(cfg: Config, run: Path, systems: dict[str, System],
-                  by_system: dict[str, list[Response]]) -> dict:
+                  by_system: dict[str, list[Response]], alone: dict) -> dict:
     """Step 3: everything that summary.json holds, from responses with verdicts."""
     manifest = read_json(run / "manifest.json")
     made, first = manifest["config"], cfg.judge[0]  # how the rows were made, whatever today's flags
@@ -315,10 +319,13 @@ def summarise_run(cfg: Config, run: Path, systems: dict[str, System],
                for name, s in systems.items()}
     attacks = {part for _, records in trained.values() for r in records if r.attack
                for part in r.attack.split("+")}
+    file = run / "metrics.jsonl"  # a process's peak only grows: one for all systems
+    peaks = [row["peak_gib"] for _, row in read_lines(file)] if file.exists() else []
     everyone = [r for responses in by_system.values() for r in responses]
     summary = {
         "systems": {}, "overhead_reduction": reductions(cfg, by_system),
         "breakdown": breakdown(by_system, first, attacks),
+        "over_refusal": over_refusal(by_system), "peak_gib": max(peaks, default=None),
         "agreement": {other: agreement(everyone, first, other) for other in cfg.judge[1:]},
         "settings": {"judges": list(cfg.judge), "decoding": decoding, "prompts": made["prompts"]}}
     for name, system in systems.items():
@@ -327,7 +334,8 @@ def summarise_run(cfg: Config, run: Path, systems: dict[str, System],
         if trained_on:
             training["overlap_exact"], training["overlap_near"] = overlap(
                 [r.record.prompt for r in responses], [r.prompt for r in trained_on])
-        numbers = {**system._asdict(), "training": training, "kinds": summarise(responses)}
+        numbers = {**system._asdict(), "training": training, "kinds": summarise(responses),
+                   "cost": cost(responses, alone.get(name, []))}
         if cfg.base_system:  # does the gate open for the vulnerable prompts?
             known = [r for r in responses if not math.isnan(r.gate)]
             numbers["gate_auroc"] = auroc([r.gate for r in known if r.vulnerable],
@@ -378,21 +386,24 @@ def folders(cfg: Config, systems: dict[str, System], place: Place) -> tuple[Path
 
 
 def all_answers(cfg: Config, run: Path, systems: dict[str, System], records: list[Record],
-                place: Place) -> tuple[dict[str, list[Response]], list[list[Response]]]:
-    """Step 1: every system's responses; and with --gate_sweep those of one forced to reason, and
-    forced not to.
+                place: Place) -> tuple[dict, list[list[Response]], dict]:
+    """Step 1: every system's responses, {name: responses}; with --gate_sweep those of one forced to
+    reason, and forced not to; with --latency a few, one at a time.
     """
-    def answers_of(name: str, label: str, threshold: float | None) -> list[Response]:
+    def answers_of(name: str, label: str, threshold: float | None, chosen=records, alone=False):
         file = run / f"rows-{label}.jsonl"
-        return answers(cfg, file, systems[name], records, place, threshold)
+        return answers(cfg, file, systems[name], chosen, place, threshold, alone=alone)
 
     if not cfg.prompts and not cfg.score_only:
-        return {name: [] for name in systems}, []
+        return {name: [] for name in systems}, [], {}
     order = sorted(systems, key=lambda name: not systems[name].outputs)  # a file's mistakes first
     found = {name: answers_of(name, name, threshold_of(cfg, name)) for name in order}
     forced = [answers_of(cfg.gate_sweep, f"{cfg.gate_sweep}+{label}", threshold) for
               label, threshold in (("opened", 0.0), ("direct", 2.0))] if cfg.gate_sweep else []
-    return {name: found[name] for name in systems}, forced
+    few = random.Random(cfg.seed).sample(records, min(cfg.latency, len(records)))
+    alone = {name: answers_of(name, f"{name}+latency", threshold_of(cfg, name), few, True)
+             for name, system in systems.items() if cfg.latency and not system.outputs}
+    return {name: found[name] for name in systems}, forced, alone
 
 
 def prefilled(cfg: Config, run: Path, systems: dict[str, System],
@@ -450,13 +461,13 @@ def main(cfg: Config) -> None:
         print((run / "report.md").read_text(encoding="utf-8").split("\n## ")[0])
         return
 
-    by_system, forced = all_answers(cfg, run, systems, records, place)
+    by_system, forced, alone = all_answers(cfg, run, systems, records, place)
     add_verdicts(cfg, [r for found in [*by_system.values(), *forced] for r in found], place)
     if cfg.base_system:
         mark_vulnerable(by_system, cfg.base_system, cfg.judge[0])
     write_jsonl(out / "rows.jsonl", [{"system": name, **response_to_dict(r)}
                                      for name, found in by_system.items() for r in found])
-    summary = summarise_run(cfg, run, systems, by_system)
+    summary = summarise_run(cfg, run, systems, by_system, alone)
     if cfg.prefill:
         summary["prefill"] = prefilled(cfg, run, systems, by_system, place)
     if items:

@@ -123,6 +123,16 @@ def utility_table(summary: dict) -> str:
     return f"\n## Utility, {found['prompts']} prompts\n\n{listing(rows)}\n" if rows else ""
 
 
+def cost_table(summary: dict) -> str:
+    """Speed and memory; "" where nothing was generated."""
+    rows = [{"system": name, **{k.replace("_", " "): "-" if v is None else f"{v:.3f}"
+                                for k, v in system["cost"].items()}}
+            for name, system in summary["systems"].items()]
+    return (f"\n## Cost\n\nTokens per second: --slots at once; the rest: --latency, one at a time. "
+            f"Peak memory of all in one process: {peak} GiB.\n\n{listing(rows)}\n"
+            if (peak := summary["peak_gib"]) else "")
+
+
 def systems_table(summary: dict) -> str:
     """What each system is and what it was trained on."""
     rows = []
@@ -147,13 +157,13 @@ def markdown_report(summary: dict, more: str = "") -> str:
            "them were misses .. hits. exact = equal to the reference answer, where there is one.\n"]
     out += [by_kind(summary, kind) for kind in KINDS]
     systems = summary["systems"]
-    for field, values in summary["breakdown"].items():
-        lines = [[v, *(percent(found[n], True) for n in systems)] for v, found in values.items()]
+    for field, values in (summary["breakdown"] | {"type": summary["over_refusal"]}).items():
+        lines = [[v, *(with_bounds(found[n]) for n in systems)] for v, found in values.items()]
         if lines:
-            out.append(f"\n## ASR on adversarial harmful prompts, by {field}\n\n"
-                       f"{table([field, *systems], lines)}\n")
+            what = "Over-refusal" if field == "type" else "ASR on adversarial harmful prompts"
+            out.append(f"\n## {what}, by {field}\n\n{table([field, *systems], lines)}\n")
     if other_ids := sum(k["other_ids"] for s in systems.values() for k in s["kinds"].values()):
         out.append(f"\n{other_ids} responses open a think block in text, but not by the marker's "
                    "own token ids.\n")
     return "".join([*out, judges_agree(summary), utility_table(summary), more,
-                    systems_table(summary)])
+                    cost_table(summary), systems_table(summary)])

@@ -238,6 +238,11 @@ def paired_difference(values: list[bool | None], base: list[bool | None]) -> dic
     return {"value": (better - worse) / n if n else None, "low": d - half, "high": d + half, "n": n}
 
 
+def percentile(values: list[float], q: int) -> float | None:
+    """Nearest rank: the least value that q percent or more do not exceed. None of none."""
+    return sorted(values)[-(-q * len(values) // 100) - 1] if values else None
+
+
 # ---- what is reported
 def summarise(responses: list[Response]) -> dict[str, dict]:
     """The numbers of one system by kind of prompt, for summary.json."""
@@ -272,6 +277,36 @@ def summarise_kind(responses: list[Response]) -> dict:
         "seconds_per_prompt": fmean(r.seconds for r in responses),
         "gate_mean": fmean(gates) if gates else None,
     }
+
+
+def shares_by(names, test, by_system: dict[str, list[Response]]) -> dict[str, dict[str, Rate]]:
+    """{name: {system: share of a test}}, for all names(record)."""
+    every = {n for found in by_system.values() for r in found for n in names(r.record)} - {""}
+    return {n: {system: share(test, [r for r in found if n in names(r.record)])
+                for system, found in by_system.items()} for n in sorted(every)}
+
+
+def over_refusal(by_system: dict[str, list[Response]]) -> dict[str, dict]:
+    """Refusals of benign prompts: of look-alikes by attack, of plain ones by data set ("XSTest")
+    and part of it ("XSTest/homonyms").
+    """
+    def types(r: Record) -> set[str]:
+        if r.kind == "adversarial_benign":
+            return {f"look-alikes, {r.attack or 'no attack'}"}
+        names = {r.source, r.source.partition("/")[0]} if r.kind == "benign" else ()
+        return {f"plain, {name or 'no source'}" for name in names}
+
+    return shares_by(types, refused, by_system)
+
+
+def cost(together: list[Response], alone: list[Response]) -> dict:
+    """Tokens a second of responses made together; seconds and tokens of those made one at a time.
+    """
+    seconds, each = sum(r.seconds for r in together), [r.seconds for r in alone]
+    total, own = (sum(r.tokens["total"] for r in found) for found in (together, alone))
+    return {"tokens_per_second": total / seconds if seconds else None,
+            "p50_seconds": percentile(each, 50), "p95_seconds": percentile(each, 95),
+            "mean_tokens": own / len(alone) if alone else None}
 
 
 def operating_point(responses: list[Response], judge: str) -> dict:

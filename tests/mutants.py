@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
+import evaluate
 from ease import (attacks, batching, compare, contest, judge, losses, method, optim, outputs,
                   policies, prefill, records, respond, scoring, sweep, tasks)
 from ease.batching import Batch, Example
@@ -616,6 +617,121 @@ def overhead_reduction__ignores_groups(tokens, refusal, deliberative, groups):
 def overhead_reduction__zero_width_for_one_group(tokens, refusal, deliberative, groups):
     r = scoring.overhead_reduction(tokens, refusal, deliberative, groups)
     return r and {**r, **({"low": r["value"], "high": r["value"]} if r["low"] is None else {})}
+
+
+def percentile__as_texts(values, q):
+    return float(sorted(map(str, values))[-(-q * len(values) // 100) - 1]) if values else None
+
+
+def percentile__the_greatest(values, q):
+    return scoring.percentile(values, 100 if q > 50 else q)
+
+
+def percentile__mean(values, q):
+    return sum(values) / len(values) if values else None
+
+
+def percentile__not_sorted(values, q):
+    return values[-(-q * len(values) // 100) - 1] if values else None
+
+
+def percentile__rank_too_high(values, q):
+    return sorted(values)[min(q * len(values) // 100, len(values) - 1)] if values else None
+
+
+def shares_by__the_first_name(names, test, by_system):
+    return scoring.shares_by(lambda r: {min(names(r))}, test, by_system)
+
+
+def shares_by__of_the_first_system(names, test, by_system):
+    first, *_ = by_system.values()
+    return scoring.shares_by(names, test, dict.fromkeys(by_system, first))
+
+
+def shares_by__all_rows(names, test, by_system):
+    found = scoring.shares_by(names, test, by_system)
+    return {n: {s: scoring.share(test, rows) for s, rows in by_system.items()} for n in found}
+
+
+def by_other_record(by_system, **fields):
+    """over_refusal of responses whose record's fields are made by these functions."""
+    return scoring.over_refusal({name: [
+        replace(r, record=replace(r.record, **{f: of(r.record) for f, of in fields.items()}))
+        for r in found] for name, found in by_system.items()})
+
+
+def over_refusal__of_harmful_prompts(by_system):
+    return by_other_record(by_system, kind=lambda r: r.kind.replace("harmful", "benign"))
+
+
+def over_refusal__lumps_lookalikes_and_plain(by_system):
+    return by_other_record(by_system, kind=lambda r: r.kind.replace("adversarial_b", "b"))
+
+
+def over_refusal__lookalikes_by_source(by_system):
+    return by_other_record(by_system, attack=lambda r: r.source)
+
+
+def over_refusal__drops_what_has_no_source(by_system):
+    found = scoring.over_refusal(by_system)
+    return {name: by for name, by in found.items() if name != "plain, no source"}
+
+
+def over_refusal__parts_only(by_system):
+    return by_other_record(by_system, source=lambda r: r.source.replace("/", ":"))
+
+
+def over_refusal__an_unclosed_block_is_an_answer(by_system):
+    return scoring.over_refusal({name: [replace(r, state=ABSENT) for r in found]
+                                 for name, found in by_system.items()})
+
+
+def over_refusal__an_unclosed_block_refuses(by_system):
+    return scoring.over_refusal({name: [
+        replace(r, state=ABSENT, answer="Sorry") if r.state == UNCLOSED else r for r in found]
+        for name, found in by_system.items()})
+
+
+def cost__mean_of_the_rates(together, alone):
+    found = scoring.cost(together, alone)
+    rates = [r.tokens["total"] / r.seconds for r in together if r.seconds]
+    return found | {"tokens_per_second": sum(rates) / len(rates) if rates else None}
+
+
+def cost__of_all_alike(together, alone):
+    return scoring.cost(together, alone or together)
+
+
+def cost__seconds_a_token(together, alone):
+    return scoring.cost(together, [replace(r, seconds=r.seconds / r.tokens["total"])
+                                   for r in alone])
+
+
+def cost__other_tokens(together, alone):
+    mean = sum(r.tokens["total"] for r in together) / len(together) if together else None
+    return scoring.cost(together, alone) | {"mean_tokens": mean if alone else None}
+
+
+def answers__averaged_over_the_slots(*asked, alone):
+    return evaluate.answers(*asked)
+
+
+def answers__divided_by_the_rows(*asked, alone):
+    found = evaluate.answers(*asked, alone=alone)
+    return [replace(r, seconds=r.seconds / len(found)) if alone else r for r in found]
+
+
+def answers__cold(cfg, *asked, alone):
+    return evaluate.answers(replace(cfg, slots=1) if alone else cfg, *asked)
+
+
+def answers__timed_again(cfg, file, *asked, alone):
+    file.unlink(missing_ok=True)
+    return evaluate.answers(cfg, file, *asked, alone=alone)
+
+
+def answers__the_model_decides(cfg, file, system, records, place, threshold, alone):
+    return evaluate.answers(cfg, file, system, records, place, None, alone=alone)
 
 
 def paired_difference__unpaired(values, base):

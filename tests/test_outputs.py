@@ -97,7 +97,7 @@ def cfg(runs, world, tmp_path):
     write_jsonl(tmp_path / "made.jsonl", lines)
     systems = [runs.test.systems[0], f"vllm=responses:{tmp_path}/made.jsonl"]
     return replace(runs.test, systems=systems, tokenizer=world.base, refusal_system="",
-                   deliberative_system="", out=str(tmp_path / "run"))
+                   deliberative_system="", out=str(tmp_path / "run"), latency=2)
 
 
 def test_responses_made_elsewhere_are_scored_like_any_other(cfg, runs, tmp_path, capsys):
@@ -113,6 +113,9 @@ def test_responses_made_elsewhere_are_scored_like_any_other(cfg, runs, tmp_path,
         assert kind["gate_mean"] is None and kind["tokens"]["total"] > 0
     assert made["gate_auroc"] is None and made["training"] == {}
     assert summary["systems"]["base"]["gate_auroc"] is not None
+    assert set(made["cost"].values()) == {None}  # nobody timed it
+    assert summary["systems"]["base"]["cost"]["p50_seconds"] > 0
+    assert not (tmp_path / "run/rows-vllm+latency.jsonl").exists()
     rows = [r for _, r in read_lines(tmp_path / "run/rows.jsonl") if r["system"] == "vllm"]
     assert rows and all(r["gate"] is None and r["seconds"] == 0 for r in rows)
     assert [r["finished"] for r in rows] == [i > 0 for i in range(len(rows))]

@@ -14,14 +14,16 @@ def kind(asr=None, tokens=10.0, n=8, controversial=0):
             "seconds_per_prompt": 0.1, "gate_mean": 0.5}
 
 
+COST = {"tokens_per_second": 1234.5, "p50_seconds": None}
 BASE = {"adversarial_harmful": kind(R), "benign": kind(n=24, tokens=30.0)}
 SUMMARY = {
     "systems": {
-        "base": {"model": "m", "adapter": "", "training": {}, "kinds": BASE},
-        "ease": {"model": "m", "adapter": "a", "training": {"steps": 7},
+        "base": {"model": "m", "adapter": "", "training": {}, "kinds": BASE, "cost": COST},
+        "ease": {"model": "m", "adapter": "a", "training": {"steps": 7}, "cost": COST,
                  "kinds": {"adversarial_harmful": kind(PARTLY)}}},
     "overhead_reduction": {"ease": {"plain": {"value": 0.9}, "all": None}},
     "breakdown": {"attack": {"spell": {"base": R, "ease": R}}, "source": {}},
+    "over_refusal": {"plain, XSTest": {"base": R, "ease": PARTLY}}, "peak_gib": 1.25,
     "agreement": {"k": {a: {b: 3 if a == b == "safe" else 0 for b in VERDICTS} for a in VERDICTS}},
     "settings": {"judges": ["j", "k"], "decoding": "greedy"}}
 
@@ -54,17 +56,23 @@ def test_glance():
 
 def test_what_is_not_known_of_responses_made_elsewhere():
     made = {"benign": kind() | {"gate_mean": None, "seconds_per_prompt": 0.0}}
-    made = {"model": "responses:f", "adapter": "", "training": {}, "kinds": made}
-    text = markdown_report(SUMMARY | {"systems": {"vllm": made}, "breakdown": {}})
+    made = {"model": "responses:f", "adapter": "", "training": {}, "kinds": made,
+            "cost": dict.fromkeys(COST)}
+    text = markdown_report(SUMMARY | {"systems": {"vllm": made}, "breakdown": {},
+                                       "over_refusal": {}, "peak_gib": None})
+    assert "## Cost" not in text and "## Over-refusal" not in text
     assert cells(text.split("## benign")[1], "vllm")[-2:] == ["-", "-"]
 
 
 def test_report_has_every_part():
     text = markdown_report(SUMMARY, "\n## More\n")
     for part in ("## adversarial_harmful", "## benign", "## More", "## Systems",
+                 "## Cost", "1.25 GiB", "## Over-refusal, by type",
                  "## ASR on adversarial harmful prompts, by attack", "(20.0 .. 40.0)",
                  "## Verdicts on harmful prompts, j / the other judge"):
         assert part in text
+    assert cells(text, "plain, XSTest")[1:] == ["25.0 [10, 50]", "25.0 [10, 50] (20.0 .. 40.0)"]
+    assert cells(text.split("## Cost")[1], "base")[1:] == ["1234.500", "-"]
     assert "## harmful" not in text and "by source" not in text
     assert cells(text, "k")[1:] == ["3"] and "| safe / safe |" in text  # pairs that occur
     assert "controversial j" not in text

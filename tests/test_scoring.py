@@ -11,7 +11,8 @@ from tests.checks import verify
 @pytest.mark.parametrize("name", [
     "is_refusal", "target_verdict", "wilson_interval", "rate", "t_quantile", "overhead_reduction",
     "auroc", "category_agreement", "is_correct", "worst", "overlap", "cohen_kappa",
-    "paired_difference", "choice_scores", "number_scores"])
+    "paired_difference", "choice_scores", "number_scores", "percentile", "shares_by",
+    "over_refusal", "cost"])
 def test_scoring(name):
     verify(scoring, name)
 

@@ -26,7 +26,8 @@ from ease.policies import POLICY
 from ease.readers import read_records
 from ease.records import (SAFE, UNPARSED, Record, Response, UserError, read_jsonl, read_lines,
                           write_jsonl)
-from ease.scoring import auroc, is_refusal, target_verdict
+from ease.scoring import auroc, is_refusal, percentile, target_verdict
+from tests.checks import verify
 from tests.tiny import tiny_folder
 
 ROOT = Path(__file__).parent.parent
@@ -185,6 +186,13 @@ def test_evaluation(runs, world):
     assert set(summary["breakdown"]["trained on"]) == labels
     report = (runs.out / "test/report.md").read_text()
     assert "## ASR on adversarial harmful prompts, by attack" in report
+    attacks = {r.attack for r in test if r.kind == "adversarial_benign"}
+    sources = {s for r in test if r.kind == "benign" for s in ("toy", r.source)}
+    assert set(summary["over_refusal"]) == {*(f"look-alikes, {a}" for a in attacks),
+                                            *(f"plain, {s}" for s in sources)}
+    found = summary["over_refusal"]["plain, toy"]
+    assert found["ease"] == summary["systems"]["ease"]["kinds"]["benign"]["refusal_rate"]
+    assert "## Over-refusal, by type" in report and "| plain, toy " in report
 
 
 def test_a_finished_evaluation_shows_its_table_again(runs, capsys):
@@ -256,6 +264,44 @@ def test_a_judge_of_another_protocol_is_said(runs, tmp_path, capsys):
     evaluate.main(replace(runs.test, systems=runs.test.systems[:1], prompts=[str(plain)],
                           out=str(tmp_path / "run"), refusal_system="", deliberative_system=""))
     assert "judge target: no verdict on 6 of 6 answers; records have no" in capsys.readouterr().out
+
+
+def test_answers():
+    verify(evaluate, "answers")
+
+
+def test_latency(runs, tmp_path, monkeypatch):
+    """The same few prompts for every system, one at a time; a stopped run keeps their seconds."""
+    cfg = replace(runs.test, out=str(tmp_path / "run"), systems=runs.test.systems[:2], latency=5,
+                  refusal_system="", deliberative_system="", max_new_tokens=12)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(evaluate, "add_verdicts", lambda *a: 1 / 0)
+        evaluate.main(cfg)
+    files = [tmp_path / f"run/rows-{name}+latency.jsonl" for name in ("base", "phase1")]
+    before, asked = [file.read_bytes() for file in files], [rows(file) for file in files]
+    evaluate.main(cfg)
+    assert [file.read_bytes() for file in files] == before
+    ids = [[r["id"] for r in found] for found in asked]
+    known = [r["id"] for r in rows(tmp_path / "run/rows-base.jsonl")]
+    assert ids[0] == ids[1] and len(set(ids[0]) & set(known)) == 5 and ids[0] != known[:5]
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    for name, found in zip(("base", "phase1"), asked):
+        numbers, seconds = summary["systems"][name]["cost"], [r["seconds"] for r in found]
+        assert numbers["p50_seconds"] == percentile(seconds, 50) > 0
+        assert numbers["p95_seconds"] == max(seconds) and numbers["tokens_per_second"] > 0
+        assert numbers["mean_tokens"] == sum(r["tokens"]["total"] for r in found) / 5
+    peaks = [row["peak_gib"] for row in rows(tmp_path / "run/metrics.jsonl")]
+    assert len(peaks) == 4 and summary["peak_gib"] == max(peaks) > 0
+    report = (tmp_path / "run/report.md").read_text()
+    assert "| p50 seconds |" in report.split("## Cost")[1]
+    evaluate.main(replace(cfg, score_only=True, prompts=[]))
+    again = (tmp_path / "run/scored-by-target+xstest/summary.json").read_bytes()
+    assert again == (tmp_path / "run/summary.json").read_bytes()
+    monkeypatch.setattr(evaluate, "respond", lambda *a: 1 / 0)
+    with pytest.raises(UserError, match="another latency"):
+        evaluate.main(replace(cfg, latency=6))
+    with pytest.raises(UserError, match="--prefill and --latency answer --prompts: give some"):
+        evaluate.main(replace(cfg, out=str(tmp_path / "x"), prompts=[], tasks=["hellaswag=x"]))
 
 
 @pytest.fixture(scope="module")
