@@ -11,8 +11,8 @@
 
 --method refusal: every harmful prompt -> a direct refusal, all else -> a direct answer.
 --method deliberative: a trace on every prompt. Both start at M_s, see phase 1's prompts as well
-(--prompts) and should get the steps of both phases (--steps). --method refusal without --diagnostic
-is the shallow baseline: it never sees an attack.
+(--prompts) and should get the steps of both phases (--steps). --method refusal on --refusals and
+--general alone is the shallow baseline: it sees no attack.
 
 --held_out N: choose --lr and --steps by the loss on N rows kept out of training.
 """
@@ -280,7 +280,7 @@ def fit(cfg: Config, run: Path, mixture: list[Record], held_out: list[Record], p
 
 
 def main(cfg: Config) -> None:
-    if RANK > 0:  # rank 0 does all before `fit`, and what is held out
+    if RANK > 0:  # rank 0 does all before `fit`
         mixture = wait_for(Path(cfg.out) / "mixture.jsonl")
         return fit(cfg, Path(cfg.out), read_jsonl(mixture), [], pick_place(cfg))
     sets = read_sets(cfg)

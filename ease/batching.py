@@ -84,8 +84,8 @@ def encode_records(tokenizer: Tokenizer, records: list[Record], max_length: int,
 
 def encode_data(run: Path, tokenizer: Tokenizer, records: list[Record], held_out: list[Record],
                 *limits: int) -> tuple[list[Example], list[Example]]:
-    """What is trained on and what is held out, encoded, and in the run folder the rows kept of
-    both; preview.txt: of each sort, with and without reasoning, one.
+    """encode_records of what is trained on and held out, with their files; preview.txt: a row with
+    reasoning and one without.
     """
     examples = encode_records(tokenizer, records, *limits, run / "trained_on.jsonl")
     shown = {REASONING in e.roles: e for e in reversed(examples)}

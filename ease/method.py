@@ -95,8 +95,8 @@ def mix(groups: dict[str, list[Record]], counts: dict[str, int], seed: int) -> l
 
 
 def hold_out(records: list[Record], count: int) -> tuple[list[Record], list[Record]]:
-    """(what is trained on, `count` records kept out of it), of records in a drawn order: the rows
-    of the first requests. No request (group) stands in both; the rest of the last is in neither.
+    """(what is trained on, the `count` records kept out): of shuffled ones the first requests'. No
+    request (group) stands in both; the rest of the last is in neither.
     """
     order = {r.group: -i for i, r in enumerate(reversed(records))}  # by its first row
     held_out = sorted(records, key=lambda r: order[r.group])[:count]

@@ -260,7 +260,7 @@ def log(run: Path, **values) -> None:
 
 def finish(run: Path, **values) -> None:
     """Write `done` last, with the seconds of all stretches, the peak memory of the last and the
-    tokens trained on, and say what the held-out loss became and where the results are.
+    tokens trained on, and say the held-out loss and where the results are.
     """
     metrics, clock = run / "metrics.jsonl", read_json(run / "clock.json")
     lines = read_lines(metrics) if metrics.exists() else []
@@ -271,7 +271,7 @@ def finish(run: Path, **values) -> None:
     if held_out := [row for _, row in lines if "held_out_gate" in row]:
         print("held-out loss a token: " + ", ".join(
             f"{name[9:]} {before:.4f} before, {held_out[-1][name]:.4f} after"
-            for name, before in held_out[0].items() if name != "step" and before is not None))
+            for name, before in held_out[0].items() if before))  # neither step 0 nor None
     print(f"done in {seconds:.0f} s, peak memory {peak:.2f} GiB; results in {run}")
 
 
