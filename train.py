@@ -12,7 +12,7 @@
 --method refusal: every harmful prompt -> a direct refusal, all else -> a direct answer.
 --method deliberative: a trace on every prompt. Both start at M_s, see phase 1's prompts as well
 (--prompts) and should get the steps of both phases (--steps). --method refusal on --refusals and
---general alone is the shallow baseline: it sees no attack.
+--general alone is the shallow baseline.
 
 --held_out N: choose --lr and --steps by the loss on N rows kept out of training.
 """
