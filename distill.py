@@ -11,6 +11,8 @@ small model (arXiv 2511.06512).
 1. every prompt q -> its safety categories c                        (traces.with_categories)
 2. (q, c, policy of c) -> M_t -> rejection sampling -> traces       (traces.teacher_traces)
 3. SFT of M_s on (q, CoT, answer), the policy left out -> M_reason  (fit)
+
+--held_out N: choose --lr and --steps by the loss on N rows kept out of training.
 """
 
 import json
@@ -22,7 +24,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ease.batching import (Example, collate, count_steps, encode_records, plan_batches, preview)
+from ease.batching import (Example, collate, count_steps, encode_data, encode_records,
+                           held_out_loss, plan_batches)
 from ease.checkpoint import resume, save_checkpoint
 from ease.contest import Candidate, choose_teacher, teacher_report
 from ease.generate import Sampling
@@ -31,7 +34,7 @@ from ease.loading import (Place, load_model, load_tokenizer, load_trainable, pic
                           save_trained)
 from ease.losses import cross_entropy, in_chunks
 from ease.memory import announce
-from ease.method import filler
+from ease.method import filler, hold_out
 from ease.model import CausalLM
 from ease.optim import learning_rate, make_optimizer, optimizer_step
 from ease.policies import load_policy
@@ -57,7 +60,6 @@ class Config(TrainingFlags, TraceFlags):
     prompts: str = ""  # phase-1 prompts with categories, for the teacher
     traces: str = ""  # stored traces instead (records with reasoning and response, or STAR-1)
     max_traces: int = 0  # use at most this many stored traces, drawn by the seed (0 = all)
-    held_out: int = 0  # keep this many traces out of training; their NLL before and after
     # the objective
     kl_weight: float = 0.5  # (1 - w) CE + w KL; ours, the official objective is 0
     kl_temperature: float = 1.0  # tau of the teacher-trace KL
@@ -121,40 +123,6 @@ def stored_traces(cfg: Config) -> list[Record]:
     return traces
 
 
-def hold_out(cfg: Config, traces: list[Record]) -> tuple[list[Record], list[Record]]:
-    """(what is trained on, --held_out traces kept out of it): no request stands in both."""
-    if cfg.held_out >= len(traces):
-        raise UserError(f"--held_out {cfg.held_out} leaves none of the {len(traces)} traces to "
-                        "train on")
-    if cfg.prompts and cfg.held_out:  # they come in the order of --prompts; stored ones were drawn
-        traces = random.Random(f"held out {cfg.seed}").sample(traces, len(traces))
-    held_out = traces[: cfg.held_out]
-    groups = {r.group for r in held_out}
-    return [r for r in traces[cfg.held_out :] if r.group not in groups], held_out
-
-
-def encode_kept(cfg: Config, file: Path, model: CausalLM, tokenizer: Tokenizer,
-                records: list[Record]) -> list[Example]:
-    """The encoded records; those that were not dropped stand in `file`."""
-    examples = encode_records(tokenizer, records, cfg.max_length, model.config.context)
-    kept = {e.id for e in examples}
-    write_jsonl(file, [r for r in records if r.id in kept])
-    return examples
-
-
-@torch.no_grad()
-def mean_nll(model: CausalLM, examples: list[Example], device: str) -> float:
-    """Negative log-likelihood per response token, in nats."""
-    total = 0.0
-    for e in examples:
-        batch = collate([e], device)
-        keep = batch.roles > 0
-        hidden = model.hidden(batch.inputs, batch.lengths)[keep]  # (N, D)
-        total += in_chunks(lambda h, y: cross_entropy(model.logits(h), y), hidden,
-                           batch.targets[keep]).sum().item()
-    return total / sum(e.supervised for e in examples)
-
-
 def kl_teacher(cfg: Config, run: Path, student: CausalLM, tokenizer: Tokenizer,
                traces: list[Record], examples: list[Example], place: Place
                ) -> tuple[Teacher | CachedTeacher, list[int]]:
@@ -173,9 +141,8 @@ def fit(cfg: Config, run: Path, traces: list[Record], held_out: list[Record], pl
     of the run.
     """
     tokenizer, (model, base) = load_tokenizer(cfg.model), load_trainable(cfg, cfg.model, "", place)
-    examples = encode_kept(cfg, run / "trained_on.jsonl", model, tokenizer, traces)
-    kept_out = held_out and encode_kept(cfg, run / "held_out.jsonl", model, tokenizer, held_out)
-    write_text(run / "preview.txt", "\n".join(preview(tokenizer, e) for e in examples[:2]))
+    examples, kept_out = encode_data(run, tokenizer, traces, held_out, cfg.max_length,
+                                     model.config.context)
     w, teacher, lengths = cfg.kl_weight, None, [len(e.ids) for e in examples]
     if w:
         teacher, theirs = kl_teacher(cfg, run, model, tokenizer, traces, examples, place)
@@ -183,11 +150,12 @@ def fit(cfg: Config, run: Path, traces: list[Record], held_out: list[Record], pl
     steps = count_steps(len(examples), cfg.batch_size, cfg.steps, cfg.epochs)
     plan = plan_batches(lengths, cfg.batch_size, cfg.batch_tokens, cfg.seed, steps)
     announce(model, lengths, plan, getattr(teacher, "model", None))
-    before = mean_nll(model, kept_out, place.device) if kept_out else None
     optimizer = make_optimizer(model, cfg.weight_decay)
     start = resume(run, model, optimizer)
     bar = tqdm(range(start, steps), desc="phase 1", initial=start, total=steps, disable=RANK > 0)
     for step in bar:
+        if kept_out and step % cfg.save_every == 0:
+            log(run, step=step, **held_out_loss(model, kept_out, place.device))
         rows = [examples[i] for micro in plan[step] for i in micro]
         n_ce, n_kl = sum(e.supervised for e in rows), max(1, sum(sum(e.kl) for e in rows))
         sums = torch.zeros(2, device=place.device)
@@ -212,8 +180,7 @@ def fit(cfg: Config, run: Path, traces: list[Record], held_out: list[Record], pl
         if (step + 1) % cfg.save_every == 0 or step + 1 == steps:
             save_checkpoint(run, step + 1, model, optimizer, tokenizer, base)
     if kept_out:
-        log(run, step=steps, held_out_nll_before=before,
-            held_out_nll_after=mean_nll(model, kept_out, place.device))
+        log(run, step=steps, **held_out_loss(model, kept_out, place.device))
     save_trained(cfg, model, tokenizer, base, run)
     return {"steps": steps, "rows": len(examples)}
 
@@ -291,13 +258,11 @@ def main(cfg: Config) -> None:
         traces = teacher_traces(cfg, run, cfg.teacher, prompts, place)
     if cfg.filler:
         traces = list(map(filler, traces))
-    trained_on, held_out = hold_out(cfg, traces)
+    if cfg.prompts and cfg.held_out:  # they come in the order of --prompts; stored ones were drawn
+        traces = random.Random(f"held out {cfg.seed}").sample(traces, len(traces))
+    trained_on, held_out = hold_out(traces, cfg.held_out)
     write_jsonl(run / "to_train_on.jsonl", trained_on)
     counts = fit(cfg, run, trained_on, held_out, place)
-    if held_out:
-        *_, (_, last) = read_lines(run / "metrics.jsonl")
-        print("NLL per token on held-out traces: {held_out_nll_before:.4f} before, "
-              "{held_out_nll_after:.4f} after".format(**last))
     finish(run, **counts)
 
 

@@ -11,7 +11,10 @@
 
 --method refusal: every harmful prompt -> a direct refusal, all else -> a direct answer.
 --method deliberative: a trace on every prompt. Both start at M_s, see phase 1's prompts as well
-(--prompts) and should get the steps of both phases (--steps).
+(--prompts) and should get the steps of both phases (--steps). --method refusal on --refusals and
+--general alone is the shallow baseline.
+
+--held_out N: choose --lr and --steps by the loss on N rows kept out of training.
 """
 
 import random
@@ -23,7 +26,7 @@ from typing import Literal, NamedTuple
 import torch
 from tqdm import tqdm
 
-from ease.batching import collate, count_steps, encode_records, plan_batches, preview
+from ease.batching import collate, count_steps, encode_data, held_out_loss, plan_batches
 from ease.checkpoint import resume, save_checkpoint
 from ease.generate import Sampling
 from ease.judge import judge_model, load_judge, note_verdicts
@@ -31,7 +34,7 @@ from ease.loading import (Place, base_and_adapter, load_model, load_tokenizer, l
                           pick_place, resolve, save_trained)
 from ease.losses import gated_cross_entropy, in_chunks
 from ease.memory import announce
-from ease.method import ANSWER, GATE, REASONING, filler, mix, select_region
+from ease.method import ANSWER, GATE, REASONING, ROLES, filler, hold_out, mix, select_region
 from ease.optim import learning_rate, make_optimizer, optimizer_step
 from ease.policies import load_policy
 from ease.ranks import RANK, my_share, sum_over_ranks, wait_for
@@ -54,7 +57,7 @@ class Config(TrainingFlags, TraceFlags):
     model: str  # M_s, the ORIGINAL small model (a Hugging Face folder, or a hub id)
     init: str = ""  # M_reason: phase 1's adapter (it keeps its rank, alpha and targets) or a model
     # the data
-    diagnostic: str  # D_diag: adversarial prompts, harmful and benign
+    diagnostic: str = ""  # D_diag: adversarial prompts, harmful and benign; baselines need none
     refusals: str  # plainly harmful prompts with a direct refusal each
     general: str  # general tasks with direct answers
     prompts: str = ""  # phase 1's prompts, for the baselines: every method sees the same ones
@@ -71,9 +74,6 @@ class Config(TrainingFlags, TraceFlags):
     harmful_direct: int = 0  # harmful rows of D_direct, drawn by the seed (0 = all)
     benign_direct: int = 0  # benign rows of D_direct (0 = all)
     gate_weight: float = 1.0  # weight of the tokens that decide whether to reason; 1 = the paper
-
-
-ROLES = {"gate": GATE, "reasoning": REASONING, "answer": ANSWER}
 
 
 class Sets(NamedTuple):
@@ -113,6 +113,7 @@ def check_flags(cfg: Config, sets: Sets) -> None:
             raise UserError(f"--{name} is for --method ease: the {cfg.method} baseline starts at "
                             "--model and has no region")
     for wrong, message in (
+        (cfg.method == "ease" and not cfg.diagnostic, "--method ease needs --diagnostic FILE"),
         (cfg.method == "refusal" and (cfg.teacher or cfg.traces or cfg.filler),
          "--teacher, --traces and --filler are not for --method refusal: it trains on no trace"),
         (cfg.method != "refusal" and bool(cfg.teacher) == bool(cfg.traces),
@@ -226,14 +227,15 @@ def direct_records(records: list[Record], probed: list[Response], refusals: list
     return direct
 
 
-def fit(cfg: Config, run: Path, mixture: list[Record], place: Place) -> None:
+def fit(cfg: Config, run: Path, mixture: list[Record], held_out: list[Record], place: Place
+        ) -> None:
     """Step 5: SFT on the mixture, by the gated-reasoning cross-entropy
     L = sum_t w(role_t) CE_t / sum_t w(role_t) over the tokens of an optimizer step.
     """
     tokenizer = load_tokenizer(cfg.model)
     model, base = load_trainable(cfg, cfg.model, cfg.init, place)
-    examples = encode_records(tokenizer, mixture, cfg.max_length, model.config.context)
-    note_data(run, tokenizer, mixture, examples)
+    examples, kept_out = encode_data(run, tokenizer, mixture, held_out, cfg.max_length,
+                                     model.config.context)
     steps = count_steps(len(examples), cfg.batch_size, cfg.steps, cfg.epochs)
     plan = plan_batches([len(e.ids) for e in examples], cfg.batch_size, cfg.batch_tokens, cfg.seed,
                         steps)
@@ -244,6 +246,8 @@ def fit(cfg: Config, run: Path, mixture: list[Record], place: Place) -> None:
     start = resume(run, model, optimizer)
     bar = tqdm(range(start, steps), desc=cfg.method, initial=start, total=steps, disable=RANK > 0)
     for step in bar:
+        if kept_out and step % cfg.save_every == 0:
+            log(run, step=step, **held_out_loss(model, kept_out, place.device))
         rows = [examples[i] for micro in plan[step] for i in micro]
         count = Counter(role for e in rows for role in e.roles if role)
         total_weight = sum(weight[role] * n for role, n in count.items())
@@ -267,25 +271,18 @@ def fit(cfg: Config, run: Path, mixture: list[Record], place: Place) -> None:
         bar.set_postfix(loss=f"{loss:.3f}", gate=f"{of_role['gate'] or 0:.3f}")
         if (step + 1) % cfg.save_every == 0 or step + 1 == steps:
             save_checkpoint(run, step + 1, model, optimizer, tokenizer, base)
+    if kept_out:
+        log(run, step=steps, **held_out_loss(model, kept_out, place.device))
     save_trained(cfg, model, tokenizer, base, run)
     if base != cfg.model:
         print(f"this adapter belongs to {base}, not to --model")
     finish(run, steps=steps, rows=len(examples))
 
 
-def note_data(run: Path, tokenizer, mixture: list[Record], examples: list) -> None:
-    """trained_on.jsonl, the rows that were not dropped; preview.txt, one of each sort."""
-    kept = {e.id for e in examples}
-    write_jsonl(run / "trained_on.jsonl", [r for r in mixture if r.id in kept])
-    shown = [next((e for e in examples if (REASONING in e.roles) == reasons), None)
-             for reasons in (True, False)]
-    write_text(run / "preview.txt", "\n".join(preview(tokenizer, e) for e in shown if e))
-
-
 def main(cfg: Config) -> None:
     if RANK > 0:  # rank 0 does all before `fit`
         mixture = wait_for(Path(cfg.out) / "mixture.jsonl")
-        return fit(cfg, Path(cfg.out), read_jsonl(mixture), pick_place(cfg))
+        return fit(cfg, Path(cfg.out), read_jsonl(mixture), [], pick_place(cfg))
     sets = read_sets(cfg)
     check_flags(cfg, sets)
     base, adapter = base_and_adapter(cfg.model, cfg.init)
@@ -318,8 +315,9 @@ def main(cfg: Config) -> None:
     mixture = mix(parts, counts, cfg.seed)
     kinds = Counter((r.kind, "with a trace" if r.reasoning else "direct") for r in mixture)
     print("mixture: " + ", ".join(f"{n} {kind} {how}" for (kind, how), n in sorted(kinds.items())))
+    mixture, held_out = hold_out(mixture, cfg.held_out)
     write_jsonl(run / "mixture.jsonl", mixture)
-    fit(cfg, run, mixture, place)
+    fit(cfg, run, mixture, held_out, place)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,23 @@
-"""Records -> ids and roles -> batches. Text and roles are born together; the only shift by one is
-in collate.
+"""Records -> ids and roles -> batches (and the loss on those held out). Text and roles are born
+together; the only shift by one is in collate.
 """
 
 import math
 import random
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ease.method import ANSWER, GATE, REASONING, THINK_CLOSE, THINK_OPEN, response_pieces
-from ease.records import Record, UserError
+from ease.losses import cross_entropy, in_chunks
+from ease.method import ANSWER, GATE, REASONING, ROLES, THINK_CLOSE, THINK_OPEN, response_pieces
+from ease.model import CausalLM
+from ease.records import Record, UserError, write_jsonl, write_text
 from ease.tokenizer import Tokenizer
-
-ROLE_NAMES = {0: "prompt", GATE: "gate", REASONING: "reasoning", ANSWER: "answer"}
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,10 @@ def encode_record(tokenizer: Tokenizer, record: Record, messages: list[dict] | N
     return Example(record.id, ids, roles, kl)
 
 
-def encode_records(tokenizer: Tokenizer, records: list[Record], max_length: int, context: int
-                   ) -> list[Example]:
+def encode_records(tokenizer: Tokenizer, records: list[Record], max_length: int, context: int,
+                   file: Path | None = None) -> list[Example]:
     """Encode all. Rows longer than max_length or the model's context are dropped whole, counted
-    and said: cutting would lose the end token.
+    and said: cutting would lose the end token. The records kept are written to `file`.
     """
     if not records:
         raise UserError("there is nothing to train on: no record is left")
@@ -75,7 +77,21 @@ def encode_records(tokenizer: Tokenizer, records: list[Record], max_length: int,
                         f"{shortest} tokens)")
     if len(kept) < len(examples):
         print(f"dropped {len(examples) - len(kept)} of {len(examples)} rows longer than {name}")
+    if file:
+        write_jsonl(file, [r for r, e in zip(records, examples) if len(e.ids) <= limit])
     return kept
+
+
+def encode_data(run: Path, tokenizer: Tokenizer, records: list[Record], held_out: list[Record],
+                *limits: int) -> tuple[list[Example], list[Example]]:
+    """encode_records of what is trained on and held out, with their files; preview.txt: a row with
+    reasoning and one without.
+    """
+    examples = encode_records(tokenizer, records, *limits, run / "trained_on.jsonl")
+    shown = {REASONING in e.roles: e for e in reversed(examples)}
+    write_text(run / "preview.txt", "\n".join(preview(tokenizer, e) for e in shown.values()))
+    return examples, held_out and encode_records(tokenizer, held_out, *limits,
+                                                 run / "held_out.jsonl")
 
 
 def plan_batches(lengths: list[int], batch_size: int, batch_tokens: int, seed: int, steps: int
@@ -130,6 +146,20 @@ def collate(examples: list[Example], device: torch.device | str) -> Batch:
                  [len(e.ids) - 1 for e in examples])
 
 
+@torch.no_grad()
+def held_out_loss(model: CausalLM, examples: list[Example], device: str) -> dict[str, float | None]:
+    """Mean cross-entropy a token, in nats, over the tokens of each role; None for one without."""
+    sums, counts = torch.zeros(4, device=device), Counter()
+    for e in examples:
+        batch = collate([e], device)
+        hidden = model.hidden(batch.inputs, batch.lengths)  # (T, D)
+        losses = in_chunks(lambda h, y: cross_entropy(model.logits(h), y), hidden, batch.targets)
+        sums.index_add_(0, batch.roles, losses)  # (T,): the prompt's are in sums[0]
+        counts.update(e.roles)
+    return {f"held_out_{name}": sums[role].item() / counts[role] if counts[role] else None
+            for name, role in ROLES.items()}
+
+
 def preview(tokenizer: Tokenizer, example: Example) -> str:
     """An example for human eyes: a line for every run of tokens of one role, cut apart by "|"."""
     lines = [f"id {example.id}, {len(example.ids)} tokens, {example.supervised} supervised"]
@@ -137,7 +167,7 @@ def preview(tokenizer: Tokenizer, example: Example) -> str:
     for i in range(1, len(example.ids) + 1):
         if i == len(example.ids) or example.roles[i] != example.roles[start]:
             tokens = "|".join(tokenizer.decode([t]) for t in example.ids[start:i])
-            name = ROLE_NAMES[example.roles[start]]
+            name = ["prompt", *ROLES][example.roles[start]]
             lines.append(f"  {name:9} {tokens}".replace("\n", "\\n"))
             start = i
     return "\n".join(lines) + "\n"

@@ -13,7 +13,8 @@ THINK_OPEN = "<think>\n"
 THINK_CLOSE = "\n</think>\n\n"
 
 # The role of every response token. 0 is the prompt: no loss.
-GATE, REASONING, ANSWER = 1, 2, 3
+ROLES = {"gate": 1, "reasoning": 2, "answer": 3}
+GATE, REASONING, ANSWER = ROLES.values()
 
 
 def response_pieces(record: Record) -> list[tuple[str, int]]:
@@ -91,3 +92,16 @@ def mix(groups: dict[str, list[Record]], counts: dict[str, int], seed: int) -> l
         mixture += rng.sample(records, count)
     rng.shuffle(mixture)
     return mixture
+
+
+def hold_out(records: list[Record], count: int) -> tuple[list[Record], list[Record]]:
+    """(what is trained on, the `count` records kept out): of shuffled ones the first requests'. No
+    request (group) stands in both; the rest of the last is in neither.
+    """
+    order = {r.group: -i for i, r in enumerate(reversed(records))}  # by its first row
+    held_out = sorted(records, key=lambda r: order[r.group])[:count]
+    groups = {r.group for r in held_out}
+    trained_on = [r for r in records if r.group not in groups]
+    if count and not trained_on:
+        raise UserError(f"--held_out {count} leaves none of the {len(records)} rows to train on")
+    return trained_on, held_out

@@ -62,6 +62,7 @@ class TrainingFlags(RunFlags):
     clip: float = 1.0  # of the gradient norm
     warmup: float = 0.03  # share of the steps
     save_every: int = 100  # steps between checkpoints
+    held_out: int = 0  # keep this many rows out of training: their loss before, at saves and after
     merged: bool = False  # also write out/model, the adapter merged (float32 keeps all of it)
 
 
@@ -260,7 +261,7 @@ def log(run: Path, **values) -> None:
 
 def finish(run: Path, **values) -> None:
     """Write `done` last, with the seconds of all stretches, the peak memory of the last and the
-    tokens trained on, and say where the results are.
+    tokens trained on, and say the held-out loss and where the results are.
     """
     metrics, clock = run / "metrics.jsonl", read_json(run / "clock.json")
     lines = read_lines(metrics) if metrics.exists() else []
@@ -268,6 +269,10 @@ def finish(run: Path, **values) -> None:
     values |= {"supervised_tokens": sum(row.get("tokens", 0) for _, row in lines),
                "seconds": round(seconds, 1), "peak_gib": peak}
     write_text(run / "done", json.dumps(values) + "\n")
+    if held_out := [row for _, row in lines if "held_out_gate" in row]:
+        print("held-out loss a token: " + ", ".join(
+            f"{name[9:]} {before:.4f} before, {held_out[-1][name]:.4f} after"
+            for name, before in held_out[0].items() if before))  # neither step 0 nor None
     print(f"done in {seconds:.0f} s, peak memory {peak:.2f} GiB; results in {run}")
 
 

@@ -19,7 +19,7 @@ import torch
 
 import evaluate
 from ease import generate, losses, prefill
-from ease.batching import Example
+from ease.batching import Example, encode_record
 from ease.contest import Candidate
 from ease.generate import Generation
 from ease.method import ANSWER, GATE, REASONING, split_reasoning
@@ -29,7 +29,7 @@ from ease.records import (ABSENT, CONTROVERSIAL, SAFE, UNCLOSED, UNPARSED, UNSAF
 from ease.scoring import Rate
 from ease.tasks import Item
 from tests import mutants, reference
-from tests.tiny import TOKENIZER, tiny_folder
+from tests.tiny import TOKENIZER, tiny_folder, tiny_model
 
 
 def verify(module: ModuleType, name: str) -> None:
@@ -229,6 +229,22 @@ def check_select_region(fn):
         == fn("random", diagnostic, verdicts, pool, 0)
         != fn("random", diagnostic, verdicts, pool, 1)
     )
+
+
+def check_hold_out(fn):
+    groups = "abcadba"
+    records = [record(id=str(i), group=group) for i, group in enumerate(groups)]
+
+    def ids(count):
+        return ["".join(r.id for r in part) for part in fn(records, count)]
+
+    assert ids(0) == ["0123456", ""]
+    assert ids(3) == ["1245", "036"]  # all forms of the first request, the others in their order
+    assert ids(4) == ["24", "0361"]  # its other form stands in neither
+    assert ids(1) == ["1245", "0"]
+    for count in (7, 99):
+        assert f"UserError: --held_out {count} leaves none of the 7 rows" in error_of(
+            fn, records, count)
 
 
 def check_mix(fn):
@@ -655,6 +671,31 @@ def check_encode_record(fn):
     assert seen.ids[: -len(sum(pieces, [])) - 1] == TOKENIZER.encode_prompt([
         {"role": "user", "content": "another view"}
     ])
+
+
+def check_held_out_loss(fn):
+    """Against a loop over whole rows: per token, of rows with unlike numbers of them."""
+    model, gradients = tiny_model(num_hidden_layers=1).requires_grad_(True), []
+    model.gradient_checkpointing = True
+    model.model.norm.register_forward_hook(lambda *a: gradients.append(a[-1].requires_grad))
+    base = record(prompt="how do i paint the car?", response="no.")
+    rows = [encode_record(TOKENIZER, r) for r in (
+        base, replace(base, response="first take the cloth. then paint it.", reasoning="so."),
+        replace(base, response="the car.", reasoning="the request is to paint the car. " * 3))]
+    for chosen in (rows, rows[:1]):
+        losses = {role: [] for role in range(4)}
+        for e in chosen:
+            with torch.no_grad():
+                logits = model(torch.tensor([e.ids]))[0, :-1].tolist()
+            for ce, role in zip(reference.cross_entropy(logits, e.ids[1:]), e.roles[1:]):
+                losses[role].append(ce)
+        gradients.clear()
+        found = fn(model, chosen, "cpu")
+        assert found.keys() == {"held_out_gate", "held_out_reasoning", "held_out_answer"}
+        assert gradients and not any(gradients)
+        for name, role in (("gate", GATE), ("reasoning", REASONING), ("answer", ANSWER)):
+            value, wanted = found[f"held_out_{name}"], losses[role]
+            assert value is None if not wanted else close(value, sum(wanted) / len(wanted))
 
 
 def check_plan_batches(fn):

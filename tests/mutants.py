@@ -201,6 +201,33 @@ def select_vulnerable__lenient_zip(records, verdicts):
     return [r for r, v in zip(records, verdicts) if r.harmful and v == "unsafe"]
 
 
+def hold_out__by_row(records, count):
+    """Another form of a held-out request is trained on."""
+    method.hold_out(records, count)
+    return records[count:], records[:count]
+
+
+def hold_out__rest_of_the_last_request_is_trained_on(records, count):
+    _, held_out = method.hold_out(records, count)
+    return [r for r in records if r not in held_out], held_out
+
+
+def hold_out__loses_other_forms(records, count):
+    """Each held-out row costs all other forms of its request."""
+    method.hold_out(records, count)
+    groups = {r.group for r in records[:count]}
+    return [r for r in records[count:] if r.group not in groups], records[:count]
+
+
+def hold_out__nothing_left(records, count):
+    return method.hold_out(records, count) if count < len(records) else ([], records)
+
+
+def hold_out__sorted(records, count):
+    trained_on, held_out = method.hold_out(records, count)
+    return sorted(trained_on, key=lambda r: r.group), held_out
+
+
 def select_region__random_from_the_diagnostic_set(region, diagnostic, verdicts, pool, seed):
     return method.select_region(region, diagnostic, verdicts, diagnostic, seed)
 
@@ -886,6 +913,51 @@ def encode_record__no_gate_on_direct_rows(tokenizer, record, messages=None):
 
 def encode_record__ignores_the_teachers_view(tokenizer, record, messages=None):
     return batching.encode_record(tokenizer, record)
+
+
+def with_roles(examples, change):
+    """The examples with other roles."""
+    return [replace(e, roles=change(e.roles)) for e in examples]
+
+
+def held_out_loss__counts_the_prompt(model, examples, device):
+    return batching.held_out_loss(model, with_roles(
+        examples, lambda roles: [role or ANSWER for role in roles]), device)
+
+
+def held_out_loss__roles_of_the_inputs(model, examples, device):
+    return batching.held_out_loss(model, with_roles(
+        examples, lambda roles: [0, *roles[:-1]]), device)
+
+
+def held_out_loss__roles_mixed(model, examples, device):
+    found = batching.held_out_loss(model, examples, device)
+    return dict(zip(found, reversed(found.values())))
+
+
+def held_out_loss__one_mean_for_all(model, examples, device):
+    found = batching.held_out_loss(model, with_roles(
+        examples, lambda roles: [role and GATE for role in roles]), device)
+    return dict.fromkeys(found, found["held_out_gate"])
+
+
+def held_out_loss__mean_of_row_means(model, examples, device):
+    found = [batching.held_out_loss(model, [e], device) for e in examples]
+    values = {name: [row[name] for row in found if row[name] is not None] for name in found[0]}
+    return {name: sum(v) / len(v) if v else None for name, v in values.items()}
+
+
+def held_out_loss__first_row_only(model, examples, device):
+    return batching.held_out_loss(model, examples[:1], device)
+
+
+def held_out_loss__zero_for_none(model, examples, device):
+    found = batching.held_out_loss(model, examples, device)
+    return {name: value or 0.0 for name, value in found.items()}
+
+
+def held_out_loss__gradient_left_on(model, examples, device):
+    return batching.held_out_loss.__wrapped__(model, examples, device)
 
 
 def plan_batches__drops_the_last(lengths, batch_size, batch_tokens, seed, steps):

@@ -1,13 +1,15 @@
+from dataclasses import replace
+
 import pytest
 
 from ease import batching
-from ease.batching import count_steps, encode_record, encode_records, preview
-from ease.records import Record, UserError
+from ease.batching import count_steps, encode_data, encode_record, encode_records, preview
+from ease.records import Record, UserError, read_jsonl
 from tests.checks import verify
 from tests.tiny import TOKENIZER
 
 
-@pytest.mark.parametrize("name", ["encode_record", "plan_batches", "collate"])
+@pytest.mark.parametrize("name", ["encode_record", "plan_batches", "collate", "held_out_loss"])
 def test_batching(name):
     verify(batching, name)
 
@@ -29,6 +31,22 @@ def test_nothing_but_long_rows():
         encode_records(TOKENIZER, [SHORT, LONG], 5, 100)
     with pytest.raises(UserError, match="nothing to train on"):
         encode_records(TOKENIZER, [], 5, 100)
+
+
+def test_the_rows_kept_are_written(tmp_path):
+    """A dropped row stands in no file; preview.txt has the first row of each sort."""
+    reasons = [replace(SHORT, id=f"reasons{i}", reasoning="so.") for i in range(2)]
+    trained_on, held_out = [LONG, *reasons, SHORT], [replace(SHORT, id="held"), LONG]
+    examples, kept_out = encode_data(tmp_path, TOKENIZER, trained_on, held_out, 60, 1000)
+    assert [e.id for e in examples] == ["reasons0", "reasons1", "short"]
+    assert [e.id for e in kept_out] == ["held"]
+    assert read_jsonl(tmp_path / "trained_on.jsonl") == trained_on[1:]
+    assert read_jsonl(tmp_path / "held_out.jsonl") == held_out[:1]
+    lines = (tmp_path / "preview.txt").read_text().splitlines()
+    shown = [line.split()[1] for line in lines if line.startswith("id")]
+    assert sorted(shown) == ["reasons0,", "short,"]
+    assert not encode_data(tmp_path / "none", TOKENIZER, trained_on, [], 60, 1000)[1]
+    assert not (tmp_path / "none/held_out.jsonl").exists()
 
 
 def test_steps():

@@ -8,7 +8,8 @@ from tests.checks import verify
 
 @pytest.mark.parametrize(
     "name",
-    ["response_pieces", "split_reasoning", "select_vulnerable", "select_region", "mix", "filler"],
+    ["response_pieces", "split_reasoning", "select_vulnerable", "select_region", "mix", "filler",
+     "hold_out"],
 )
 def test_method(name):
     verify(method, name)

@@ -2,11 +2,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import distill
+import train
 from ease import ranks
 from tests.test_resume import ROOT
 
@@ -46,8 +49,12 @@ def flags(cfg, out, **changes) -> list[str]:
 
 @pytest.mark.parametrize("script", ["distill", "train"])
 def test_two_ranks_are_one(runs, tmp_path, script):
-    """gloo, CPU: the same losses, gradient norms and adapter, and the same files."""
-    cfg = {"distill": runs.phase1, "train": runs.ease}[script]
+    """gloo, CPU: the same losses, gradient norms and adapter, and the same files; with --held_out
+    too, which rank 0 alone measures.
+    """
+    module, cfg = {"distill": (distill, runs.phase1), "train": (train, runs.ease)}[script]
+    cfg = replace(cfg, held_out=4, save_every=2, out=str(tmp_path / "one"))
+    module.main(cfg)
     words = [w.lower() if w in ("True", "False") else w for w in flags(cfg, tmp_path / "two")]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                f"{script}.py", *words]
@@ -55,10 +62,10 @@ def test_two_ranks_are_one(runs, tmp_path, script):
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("done in") == 1
-    one, two = runs.out / ("phase1" if script == "distill" else "ease"), tmp_path / "two"
+    one, two = tmp_path / "one", tmp_path / "two"
     logs = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
             for run in (one, two)]
-    assert len(logs[0]) == 3
+    assert [row["step"] for row in logs[0] if "held_out_gate" in row] == [0, 2, 3]
     for a, b in zip(*logs, strict=True):
         assert a == pytest.approx(b, abs=1e-5, rel=1e-5)
     a, b = (load_file(run / "adapter/adapter_model.safetensors") for run in (one, two))

@@ -40,15 +40,17 @@ def interrupted(module, cfg, monkeypatch, after):
     module.main(cfg)
 
 
-@pytest.mark.parametrize("script, rank, after", [
-    (train, 16, 4), (train, 0, 4), (distill, 16, 4), (distill, 16, 1)])
-def test_resume_is_exact(runs, tmp_path, monkeypatch, script, rank, after):
+@pytest.mark.parametrize("script, rank, after, held_out", [
+    (train, 16, 4, 0), (train, 16, 4, 5), (train, 0, 4, 0), (distill, 16, 4, 4),
+    (distill, 16, 3, 4), (distill, 16, 1, 0)])
+def test_resume_is_exact(runs, tmp_path, monkeypatch, script, rank, after, held_out):
     """Stopped in the step `after` + 1: steps beyond the checkpoint at 3 are lost and done again;
-    before it, all of them.
+    before it, all of them. What is held out is measured once at 0, 3 and 6.
     """
     base = runs.ease if script is train else runs.phase1
     changes = {"init": ""} if script is train and not rank else {"merged": False}
-    base = replace(base, steps=6, save_every=3, lora_rank=rank, **changes)
+    base = replace(base, steps=6, save_every=3, lora_rank=rank, held_out=held_out,
+                   **changes)
     whole, parts = (replace(base, out=str(tmp_path / name)) for name in ("whole", "parts"))
     script.main(whole)
     interrupted(script, parts, monkeypatch, after)
@@ -56,7 +58,10 @@ def test_resume_is_exact(runs, tmp_path, monkeypatch, script, rank, after):
     for file in (name, "checkpoints/step-6/trainer.safetensors"):
         a, b = load_file(tmp_path / "whole" / file), load_file(tmp_path / "parts" / file)
         assert a.keys() == b.keys() and all((a[k] == b[k]).all() for k in a), file
-    assert rows(tmp_path / "whole/metrics.jsonl") == rows(tmp_path / "parts/metrics.jsonl")
+    metrics = rows(tmp_path / "parts/metrics.jsonl")
+    assert rows(tmp_path / "whole/metrics.jsonl") == metrics
+    measured = [row["step"] for row in metrics if "held_out_gate" in row]
+    assert measured == ([0, 3, 6] if held_out else [])
     assert not any(p.name == "step-3" for p in newest_first(tmp_path / "parts"))
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import distill
 import evaluate
 import train
-from ease.batching import collate, encode_record, plan_batches
+from ease.batching import collate, encode_record, held_out_loss, plan_batches
 from ease.loading import load_model, load_tokenizer
 from ease.losses import gated_cross_entropy
 from ease.policies import POLICY
@@ -574,8 +574,67 @@ def test_stored_traces_need_no_teacher_and_hold_out(runs, tmp_path, capsys):
     groups = [{r.group for r in read_jsonl(tmp_path / "run" / f"{name}.jsonl")}
               for name in ("held_out", "trained_on")]
     assert not groups[0] & groups[1]  # another form of a held-out request is held out too
-    assert last["held_out_nll_after"] < last["held_out_nll_before"]
-    assert "held-out traces" in capsys.readouterr().out
+    first = rows(tmp_path / "run/metrics.jsonl")[0]
+    assert (first["step"], last["step"]) == (0, 3) and first.keys() == last.keys()
+    *_, said, done = capsys.readouterr().out.splitlines()
+    assert said.startswith("held-out loss a token: ") and done.startswith("done in ")
+    for role in ("gate", "reasoning", "answer"):
+        before, after = (row[f"held_out_{role}"] for row in (first, last))
+        assert after < before and f"{role} {before:.4f} before, {after:.4f} after" in said
+
+
+def test_held_out_rows_of_the_mixture(runs, world, tmp_path, capsys):
+    """At step 0, at each save and after, of the weights saved: without --held_out the same rows are
+    the mixture. No request stands in both, none is lost but the last one's other forms.
+    """
+    cfg = replace(runs.ease, out=str(tmp_path / "run"), held_out=24, save_every=2)
+    train.main(cfg)
+    held_out, mixture, trained_on = (
+        read_jsonl(tmp_path / "run" / f"{name}.jsonl")
+        for name in ("held_out", "mixture", "trained_on"))
+    assert len(held_out) == 24 and trained_on == mixture
+    assert not {r.group for r in held_out} & {r.group for r in mixture}
+    whole = read_jsonl(runs.out / "ease/mixture.jsonl")
+    lost = [r for r in whole if r not in held_out and r not in mixture]
+    assert {r.group for r in lost} <= {held_out[-1].group}
+    assert {bool(r.reasoning) for r in held_out} == {True, False}
+    metrics = rows(tmp_path / "run/metrics.jsonl")
+    measured = [row for row in metrics if "held_out_gate" in row]
+    assert [row["step"] for row in measured] == [0, 2, 3]
+    assert [row["step"] for row in metrics if "loss" in row] == [0, 1, 2]
+    tokenizer = load_tokenizer(world.base)
+    examples = [encode_record(tokenizer, r) for r in held_out]
+    for folder, found in ((cfg.init, measured[0]), (tmp_path / "run/adapter", measured[-1])):
+        losses = held_out_loss(load_model(world.base, str(folder)), examples, "cpu")
+        assert losses == pytest.approx({k: v for k, v in found.items() if k != "step"}, rel=1e-4)
+    assert "held-out loss a token: gate " in capsys.readouterr().out.splitlines()[-2]
+    with pytest.raises(UserError, match="--held_out 9999 leaves none of the "):
+        train.main(replace(cfg, held_out=9999, out=str(tmp_path / "none")))
+
+
+def test_baselines_without_attacked_prompts(runs, world, tmp_path):
+    """The shallow baseline trains on every plain row, its held-out ones too, and no other."""
+    data = {**runs.data, "teacher": "", "diagnostic": "", "steps": 1}
+    train.main(train.Config(method="refusal", out=str(tmp_path / "refusal"), held_out=5,
+                            **data))
+    trained_on, held_out = (read_jsonl(tmp_path / f"refusal/{name}.jsonl")
+                            for name in ("trained_on", "held_out"))
+    plain = {r.prompt for p in (world.refusals, world.general) for r in read_jsonl(p)}
+    attacked = {r.prompt for r in read_jsonl(world.diagnostic)}
+    seen = {r.prompt for r in trained_on + held_out}
+    assert seen <= plain and not seen & attacked and len(held_out) == 5
+    assert not any(r.attack or r.reasoning or r.kind.startswith("adversarial") for r in trained_on)
+    assert all(is_refusal(r.response) == r.harmful for r in trained_on)
+    only_gate_and_answer = rows(tmp_path / "refusal/metrics.jsonl")[0]
+    assert only_gate_and_answer["held_out_reasoning"] is None
+    write_jsonl(tmp_path / "traces.jsonl", [
+        replace(r, id=str(i), reasoning="because.", response=r.response or "I'm sorry.")
+        for i, p in enumerate((world.refusals, world.general)) for r in read_jsonl(p)
+        for i in [f"{i}/{r.id}"]])
+    train.main(train.Config(method="deliberative", out=str(tmp_path / "deliberative"),
+                            traces=str(tmp_path / "traces.jsonl"), **data))
+    found = kinds(tmp_path / "deliberative/trained_on.jsonl")
+    assert set(found) == {("harmful", True), ("benign", True)}
 
 
 def test_categories_from_the_teacher(runs, tmp_path, capsys):
@@ -665,6 +724,7 @@ def test_mistakes_in_train(runs, world, tmp_path):
         ({"refusals": str(tmp_path / "copied-general.jsonl")}, "must be of kind harmful"),
         ({"general": str(tmp_path / "copied-refusals.jsonl")}, "must be of kind benign"),
         ({"teacher": ""}, "--teacher MODEL or --traces FILE"),
+        ({"diagnostic": ""}, "--method ease needs --diagnostic FILE"),
         ({"traces": world.prompts}, "one of them"),
         ({"teacher": "", "traces": world.test}, "--traces has none of these requests"),
         ({"prompts": world.prompts}, "--prompts is for the baselines"),
@@ -746,6 +806,13 @@ def test_mistakes_in_evaluate(runs, tmp_path, changes, message):
 def python(*arguments):
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True,
                           check=False)
+
+
+def test_ease_needs_diagnostic_prompts(world, tmp_path):
+    wrong = python("train.py", "--model", "x", "--refusals", world.refusals, "--general",
+                   world.general, "--teacher", "x", "--out", str(tmp_path / "o"))
+    assert wrong.returncode == 2 and not (tmp_path / "o").exists()
+    assert wrong.stderr == "error: --method ease needs --diagnostic FILE\n"
 
 
 @pytest.mark.parametrize("script, flags", [
