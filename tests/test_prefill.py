@@ -7,7 +7,7 @@ import pytest
 from ease import prefill as module
 from ease.generate import Sampling, generate
 from ease.method import THINK_CLOSE, THINK_OPEN
-from ease.prefill import OPENING, WHERE, prefill_section, prefill_table
+from ease.prefill import NOTE, OPENING, WHERE, prefill_table
 from ease.records import Record, Response, UserError
 from ease.respond import respond
 from ease.run import parse_config
