@@ -62,7 +62,7 @@ def section(title: str, rows: list[dict]) -> str:
 
 
 def chart(title: str, note: str, lines: list[tuple[str, str, list]]) -> str:
-    """Rates (up, percent) against x, of lines (name or "", class, [(x, rate, label)]); "" without
+    """Rates (percent) against x, of lines (name or "", class, [(x, rate, label)]); "" without
     rates. A point alone is large, with its interval.
     """
     lines = [(*of, found) for *of, points in lines
@@ -81,14 +81,14 @@ def chart(title: str, note: str, lines: list[tuple[str, str, list]]) -> str:
         left -= 1
         if name:
             at = min(at - 16, max(y, 16 * left))  # the name, with room for those above
-            svg += line("name", x, y, 100, at) + words(100, at + 4, f"\u2002{name[:28]}", "start")
+            svg += line("name", x, y, 100, at) + words(100, at + 4, f"\u2002{name[:24]}", "start")
         if len(points) == 1:
             size, r = 5, points[0][1]
             svg += line(kind, x, tall * (1 - r.low), x, tall * (1 - r.high))
         svg += "".join(line(kind, *a, *b) for a, b in zip(path, path[1:]))
         for (x, y), (*_, label) in zip(path, points):
             svg += (f'<circle class="{kind}" cx="{x:.2f}%" cy="{y:.1f}" r="{size}"><title>'
-                    f"{shown(label, 'tspan')}</title></circle>\n")
+                    f"{shown(f'{name} {label}'.strip(), 'tspan')}</title></circle>\n")
     return (f'<h2>{title}</h2>\n<p>{note}</p>\n<svg class="plot" height="{tall}">{svg}</svg>\n'
             if lines else "")
 
@@ -97,10 +97,10 @@ def tradeoff(summary: dict, by_system: dict[str, list[Response]], judge: str) ->
     """Both mistakes against tokens: every system, and the gate's curve where it was swept."""
     gate = summary.get("gate", {"curve": []})
     swept = [(f"g >= {p['threshold']:g}", p) for p in gate["curve"]]
-    note = f"Line: the gate of {shown(gate['system'])}, the one chosen large." if swept else ""
+    note = f"Line: the gate of {shown(gate['system'])}; large: chosen." if swept else ""
     lines = [("", "curve", swept), ("", "curve", [s for s in swept if s[1] == gate["chosen"]])]
-    lines += [(n, "mark", [(n, operating_point(found, judge))]) for n, found in by_system.items()]
-    return "".join(chart(f"{title} (percent) against mean tokens of all prompts", note, [
+    lines += [(n, "mark", [("", operating_point(found, judge))]) for n, found in by_system.items()]
+    return "".join(chart(f"{title} (percent) by mean tokens of all prompts", note, [
         (name, kind, [(p["tokens"], p[rate], label) for label, p in points])
         for name, kind, points in lines
     ]) for rate, title in (("asr", "ASR"), ("over_refusal", "Benign refused")))
@@ -108,8 +108,9 @@ def tradeoff(summary: dict, by_system: dict[str, list[Response]], judge: str) ->
 
 def prefilled(rows: list[dict]) -> str:
     """ASR(k), in full and drawn."""
-    return section("Prefilling", rows) + chart("ASR (percent) against k", NOTE, [
-        (f"{row['system']}, {row['begun']}", "mark" if row["begun"] == "direct" else "curve",
+    return section("Prefilling", rows) + chart("ASR (percent) by k", NOTE, [
+        (f"{row['system']}, {row['begun'].split()[-1]}",
+         "mark" if row["begun"] == "direct" else "curve",
          sorted((int(k[4:]), rate, k) for k, rate in row.items() if k[:2] == "k "))
         for row in rows])
 
