@@ -32,12 +32,12 @@ from ease.lora import merge_lora
 from ease.outputs import read_outputs
 from ease.page import html_report
 from ease.policies import POLICY, teacher_messages
-from ease.prefill import WHERE, forced_ids, prefill_section, prefill_table
+from ease.prefill import NOTE, WHERE, forced_ids, prefill_table
 from ease.ranks import RANKS
 from ease.readers import read_named
 from ease.records import (Record, Response, UserError, read_jsonl, read_lines, read_responses,
                           response_to_dict, write_jsonl, write_text)
-from ease.report import glance, markdown_report, utility_table
+from ease.report import glance, markdown_report, section, utility_rows
 from ease.respond import respond
 from ease.run import (RunFlags, changed_code, command_line, finish, is_done, log, open_run,
                       peak_memory)
@@ -427,7 +427,7 @@ def prefilled(cfg: Config, run: Path, systems: dict[str, System],
 def write_reports(cfg: Config, out: Path, summary: dict, by_system: dict[str, list[Response]],
                   forced: list[list[Response]]) -> None:
     """Step 4: summary.json, report.md, report.html and the table that is printed."""
-    more = prefill_section(summary["prefill"]) if cfg.prefill else ""
+    more = section("Prefilling", summary.get("prefill", []), NOTE)
     if forced:
         gate = sweep(cfg.gate_sweep, *forced, by_system, cfg.judge[0], cfg.token_budget)
         summary["gate"], more = gate, more + sweep_section(gate)
@@ -438,7 +438,7 @@ def write_reports(cfg: Config, out: Path, summary: dict, by_system: dict[str, li
     write_text(out / "report.md", markdown_report(summary, more))
     if any(by_system.values()):
         write_text(out / "report.html", html_report(summary, by_system, cfg.judge[0]))
-    print((glance(summary) if any(by_system.values()) else "") + utility_table(summary))
+    print(glance(summary) + section(*utility_rows(summary)))
 
 
 def main(cfg: Config) -> None:

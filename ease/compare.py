@@ -6,7 +6,7 @@ from itertools import product
 from statistics import fmean
 
 from ease.records import KINDS, Response, UserError
-from ease.report import table
+from ease.report import inert, table
 from ease.scoring import Q, attack_succeeded, refused
 
 DRAWS = 10_000
@@ -87,4 +87,4 @@ def compare(a: list[Response], b: list[Response], judge: str, seed: int = 0) -> 
         counts = [str(len(known)), str(len(pairs) - len(known))]
         rows += [[kind, name, *cells, *counts]] if pairs else []
     header = ["kind", "measure", "A", "B", "A - B", "95%", "p", "rows", "left out"]
-    return f"ASR by {judge}; {NOTE}\n\n{table(header, rows)}\n"
+    return f"ASR by {inert(judge)}; {NOTE}\n\n{table(header, rows)}\n"

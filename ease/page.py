@@ -6,18 +6,15 @@ import math
 from bisect import bisect_right
 from collections import Counter
 from html import escape
-from unicodedata import category
 
+from ease.prefill import NOTE
 from ease.records import KINDS, UNPARSED, UNSAFE, Response
-from ease.report import LEGEND, glance_rows
+from ease.report import LEGEND, UNSEEN, as_text, glance_rows, utility_rows
 from ease.scoring import attack_succeeded, operating_point, refused
 from ease.sweep import THRESHOLDS
 
 LONGEST = 2000  # characters shown of a text
 EXAMPLES, ROOM = 40, 800_000  # prompts, and characters of HTML for them, at most
-# Characters that are not seen are shown by number, but for \t, \n, \r and the two joiners.
-UNSEEN = {c: f"[U+{c:04X}]" for c in range(2**16)
-          if category(chr(c))[0] == "C" and c not in (9, 10, 13, 0x200C, 0x200D)}
 # Canvas and CanvasText are light or dark as the reader wants; the other colours suit both.
 HEAD = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"/><title>Evaluation</title>
@@ -32,7 +29,7 @@ td + td { text-align: right; padding-left: 1rem }
 svg { overflow: visible; display: block; fill: CanvasText; font-size: 12px }
 tspan { unicode-bidi: isolate } line { stroke: #8888 } .name { stroke-dasharray: 3 }
 .mark, rect { stroke: #3d85d9; fill: #3d85d9 } .curve { stroke: #d9662b; fill: #d9662b }
-.plot { width: calc(100% - 11rem); max-width: 40rem; margin: 2rem }
+.plot { width: calc(100% - 11rem); max-width: 40rem; margin: 2rem 2rem 3rem }
 .grid { display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)) }
 pre { font: inherit; white-space: pre-wrap; max-height: 22rem; overflow: auto; margin: .5rem 0 }
 </style></head><body><h1>Evaluation</h1>
@@ -57,39 +54,65 @@ def words(x: float, y: float, text: object, where: str = "middle") -> str:
     return f'<text x="{x:.2f}%" y="{y:.1f}" text-anchor="{where}">{shown(text, "tspan")}</text>\n'
 
 
-def tradeoff(summary: dict, by_system: dict[str, list[Response]], judge: str) -> str:
-    """ASR against tokens: every system, and the gate's curve where it was swept."""
-    gate = summary.get("gate", {"curve": []})
-    found = [(f"g >= {p['threshold']:g}", "curve", p) for p in gate["curve"]]
-    found += [(n, "mark", operating_point(responses, judge)) for n, responses in by_system.items()]
-    found = [f for f in found if f[2]["asr"].value is not None]
-    end = 4 * math.ceil(max([1, *(p["tokens"] for *_, p in found)]) / 4)
-    left = len(by_system)
+def section(title: str, rows: list[dict]) -> str:
+    """Rows as a table, "" without rows."""
+    html = "".join(f"<tr>{''.join(f'<td>{shown(as_text(c))}</td>' for c in cells)}</tr>\n"
+                   for cells in [*rows[:1], *map(dict.values, rows)])
+    return f"<h2>{title}</h2>\n<table>{html}</table>\n" if rows else ""
+
+
+def chart(title: str, note: str, lines: list[tuple[str, str, list]]) -> str:
+    """Rates (percent) against x, of lines (name or "", class, [(x, rate, label)]); "" without
+    rates. A point alone is large, with its interval.
+    """
+    lines = [(*of, found) for *of, points in lines
+             if (found := [p for p in points if p[1] and p[1].value is not None])]
+    end = 4 * (int(max([0, *(x for *_, points in lines for x, *_ in points)])) // 4 + 1)
+    svg, left = "", len(lines)
     tall = max(240, 16 * left)
-
-    def place(p: dict, bound: str = "value") -> tuple[float, float]:
-        return 100 * p["tokens"] / end, tall * (1 - getattr(p["asr"], bound))
-
-    svg, at = "", tall + 16
+    at = tall + 16
     for i in range(5):
         y = tall * (1 - i / 4)
         svg += line("", 0, y, 100, y) + words(0, y + 4, f"{25 * i}\u2002", "end")
         svg += words(25 * i, tall + 18, end * i // 4)
-    curve = [place(p) for _, kind, p in found if kind == "curve"]
-    svg += "".join(line("curve", *a, *b) for a, b in zip(curve, curve[1:]))
-    for name, kind, p in sorted(found, key=lambda f: (f[1], f[2]["asr"].value)):
-        (x, y), size = place(p), 5 if kind == "mark" or p == gate["chosen"] else 3
-        if kind == "mark":
-            left -= 1
+    for name, kind, points in sorted(lines, key=lambda f: (f[0] > "", f[2][-1][1].value)):
+        path, size = [(100 * x / end, tall * (1 - r.value)) for x, r, _ in points], 3
+        x, y = path[-1]
+        left -= 1
+        if name:
             at = min(at - 16, max(y, 16 * left))  # the name, with room for those above
-            svg += line("name", x, y, 100, at) + words(100, at + 4, f"\u2002{name[:20]}", "start")
-            svg += line("mark", *place(p, "low"), *place(p, "high"))
-        svg += (f'<circle class="{kind}" cx="{x:.2f}%" cy="{y:.1f}" r="{size}"><title>'
-                f"{shown(name, 'tspan')}</title></circle>\n")
-    swept = f"; line: the gate of {shown(gate['system'])}, the one chosen large" if curve else ""
-    return ("<h2>ASR (up, percent) against mean tokens of all prompts</h2>\n<p>Systems "
-            f"with an ASR, its 95% interval{swept}.</p>\n"
-            f'<svg class="plot" height="{tall}">{svg}</svg>\n')
+            svg += line("name", x, y, 100, at) + words(100, at + 4, f"\u2002{name[:24]}", "start")
+        if len(points) == 1:
+            size, r = 5, points[0][1]
+            svg += line(kind, x, tall * (1 - r.low), x, tall * (1 - r.high))
+        svg += "".join(line(kind, *a, *b) for a, b in zip(path, path[1:]))
+        for (x, y), (*_, label) in zip(path, points):
+            svg += (f'<circle class="{kind}" cx="{x:.2f}%" cy="{y:.1f}" r="{size}"><title>'
+                    f"{shown(f'{name} {label}'.strip(), 'tspan')}</title></circle>\n")
+    return (f'<h2>{title}</h2>\n<p>{note}</p>\n<svg class="plot" height="{tall}">{svg}</svg>\n'
+            if lines else "")
+
+
+def tradeoff(summary: dict, by_system: dict[str, list[Response]], judge: str) -> str:
+    """Both mistakes against tokens: every system, and the gate's curve where it was swept."""
+    gate = summary.get("gate", {"curve": []})
+    swept = [(f"g >= {p['threshold']:g}", p) for p in gate["curve"]]
+    note = f"Line: the gate of {shown(gate['system'])}; large: chosen." if swept else ""
+    lines = [("", "curve", swept), ("", "curve", [s for s in swept if s[1] == gate["chosen"]])]
+    lines += [(n, "mark", [("", operating_point(found, judge))]) for n, found in by_system.items()]
+    return "".join(chart(f"{title} (percent) by mean tokens of all prompts", note, [
+        (name, kind, [(p["tokens"], p[rate], label) for label, p in points])
+        for name, kind, points in lines
+    ]) for rate, title in (("asr", "ASR"), ("over_refusal", "Benign refused")))
+
+
+def prefilled(rows: list[dict]) -> str:
+    """ASR(k), in full and drawn."""
+    return section("Prefilling", rows) + chart("ASR (percent) by k", NOTE, [
+        (f"{row['system']}, {row['begun'].split()[-1]}",
+         "mark" if row["begun"] == "direct" else "curve",
+         sorted((int(k[4:]), rate, k) for k, rate in row.items() if k[:2] == "k "))
+        for row in rows])
 
 
 def histogram(responses: list[Response]) -> str:
@@ -156,13 +179,12 @@ def examples(by_system: dict[str, list[Response]], judge: str) -> str:
 
 def html_report(summary: dict, by_system: dict[str, list[Response]], judge: str) -> str:
     """The whole page, well-formed XML too. by_system: responses to the same prompts, in order."""
-    rows = glance_rows(summary)
-    rows = "".join(f"<tr>{''.join(f'<td>{shown(cell)}</td>' for cell in cells)}</tr>\n"
-                   for cells in [rows[0], *map(dict.values, rows)])
     gates = "".join(f"<div><h3>{shown(name)}</h3>\n{histogram(found)}</div>\n"
                     for name, found in by_system.items())
     return (f"{HEAD}<p>ASR by {shown(judge)}; {shown(summary['settings']['decoding'])}.</p>\n"
-            f"<table>{rows}</table>\n<p>{LEGEND}</p>\n{tradeoff(summary, by_system, judge)}"
+            f"{section('At a glance', glance_rows(summary))}<p>{LEGEND}</p>\n"
+            f"{tradeoff(summary, by_system, judge)}{prefilled(summary.get('prefill', []))}"
+            f"{section(*utility_rows(summary))}"
             "<h2>Gate probabilities</h2>\n<p>Of opening a think block, by the gate sweep's "
             f'thresholds.</p>\n<div class="grid">{gates}</div>\n{examples(by_system, judge)}'
             "</body></html>\n")

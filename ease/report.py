@@ -1,5 +1,7 @@
 """What people look at: the comparison of summary.json as Markdown."""
 
+from unicodedata import category
+
 from ease.records import KINDS, VERDICTS
 from ease.scoring import Rate
 
@@ -9,6 +11,12 @@ prompts in the same disguises. Vuln(erable): attacks that succeed on the base. P
 benign prompts without disguise. Reasons: a think block is opened. Tokens: mean generated ones.
 Cut: overhead reduction, 100 = as cheap as refusal training, 0 = as dear as reasoning on everything.
 Percent, but for tokens; 95% intervals in brackets."""
+# Unseen characters are shown by number, but for \t, \n, \r and the two joiners.
+UNSEEN = {c: f"[U+{c:04X}]" for c in [*range(2**16), *range(0xE0000, 0xE0080)]
+          if category(chr(c))[0] == "C" and c not in (9, 10, 13, 0x200C, 0x200D)}
+# A name in Markdown: one line of one cell, no HTML, no image.
+INERT = UNSEEN | dict.fromkeys(b"\t\n\r", " ") | str.maketrans(
+    {"<": "&lt;", "|": "&#124;", "!": "&#33;"})
 
 
 def percent(r: Rate | None, interval: bool = False) -> str:
@@ -27,8 +35,19 @@ def with_bounds(r: Rate | None) -> str:
     return f"{percent(r, True)} ({100 * hits / n:.1f} .. {100 * (hits + r.unparsed) / n:.1f})"
 
 
-def table(header: list[str], lines: list[list[str]]) -> str:
+def as_text(cell: object) -> str:
+    """A cell: a rate with its interval, anything else as it is."""
+    return percent(cell, True) if isinstance(cell, Rate | None) else str(cell)
+
+
+def inert(text: str) -> str:
+    """Any text as a name in Markdown, 200 characters of it."""
+    return (text[:200] + "..." * (len(text) > 200)).translate(INERT)
+
+
+def table(header: list[str], lines: list[list]) -> str:
     """A Markdown table that reads well in a terminal too; the first column is flush left."""
+    header, *lines = [[inert(as_text(cell)) for cell in cells] for cells in (header, *lines)]
     first, *others = [max(map(len, column)) for column in zip(header, *lines)]  # widths
 
     def line(cells: list[str]) -> str:
@@ -40,7 +59,12 @@ def table(header: list[str], lines: list[list[str]]) -> str:
 
 def listing(rows: list[dict]) -> str:
     """The table of rows {column: cell}, all with the same columns."""
-    return table(list(rows[0]), [list(map(str, row.values())) for row in rows])
+    return table(list(rows[0]), [*map(dict.values, rows)])
+
+
+def section(title: str, rows: list[dict], *notes: str) -> str:
+    """Rows as a section of report.md, "" without rows."""
+    return "\n\n".join([f"\n## {inert(title)}", *notes, listing(rows)]) + "\n" if rows else ""
 
 
 def mean_over(kinds: tuple[str, ...], system: dict, value, unit: int = 1) -> str:
@@ -50,7 +74,7 @@ def mean_over(kinds: tuple[str, ...], system: dict, value, unit: int = 1) -> str
     return f"{unit * (sum(value(k) * k['n'] for k in found) / n):.1f}" if n else "-"
 
 
-def glance_rows(summary: dict) -> list[dict[str, str]]:
+def glance_rows(summary: dict) -> list[dict]:
     """The whole comparison in seven columns, a row for every system."""
     judge, plain, rows = summary["settings"]["judges"][0], ("harmful", "benign"), []
     for name, system in summary["systems"].items():
@@ -63,9 +87,9 @@ def glance_rows(summary: dict) -> list[dict[str, str]]:
         cuts = [f"{100 * c['value']:.0f}" if (c := cut.get(k)) else "-" for k in ("plain", "all")]
         rows.append({
             "system": name,
-            "ASR": percent(attacked.get("asr", {}).get(judge), True),
-            "benign refused": percent(benign.get("refusal_rate"), True),
-            "look-alikes refused": percent(lookalikes.get("refusal_rate"), True),
+            "ASR": attacked.get("asr", {}).get(judge),
+            "benign refused": benign.get("refusal_rate"),
+            "look-alikes refused": lookalikes.get("refusal_rate"),
             "reasons vuln/plain": " / ".join(thinks),
             "tokens plain/all": " / ".join(tokens),
             "cut plain/all": " / ".join(cuts)})
@@ -73,9 +97,11 @@ def glance_rows(summary: dict) -> list[dict[str, str]]:
 
 
 def glance(summary: dict) -> str:
-    """These rows as a table, with what they mean."""
+    """These rows as a table, with what they mean; "" where nothing was answered but --tasks."""
+    if not any(system["kinds"] for system in summary["systems"].values()):
+        return ""
     settings, rows = summary["settings"], listing(glance_rows(summary))
-    return f"ASR by {settings['judges'][0]}; {settings['decoding']}.\n\n{rows}\n\n{LEGEND}\n"
+    return f"ASR by {inert(settings['judges'][0])}; {settings['decoding']}.\n\n{rows}\n\n{LEGEND}\n"
 
 
 def by_kind(summary: dict, kind: str) -> str:
@@ -94,7 +120,7 @@ def by_kind(summary: dict, kind: str) -> str:
              "mean gate": "-" if k["gate_mean"] is None else f"{k['gate_mean']:.3f}",
              "s / prompt": f"{k['seconds_per_prompt']:.4f}" if k["seconds_per_prompt"] else "-"}
             for name, k in found.items()]
-    return f"\n## {kind}\n\n{listing(rows)}\n" if rows else ""
+    return section(kind, rows)
 
 
 def judges_agree(summary: dict) -> str:
@@ -103,13 +129,12 @@ def judges_agree(summary: dict) -> str:
     pairs = [(a, b) for a in VERDICTS for b in VERDICTS if any(c[a][b] for c in found.values())]
     rows = [{"judge": other, **{f"{a} / {b}": counts[a][b] for a, b in pairs}}
             for other, counts in found.items()]
-    return (f"\n## Verdicts on harmful prompts, {first} / the other judge\n\n{listing(rows)}\n"
-            if rows else "")
+    return section(f"Verdicts on harmful prompts, {first} / the other judge", rows)
 
 
-def utility_table(summary: dict) -> str:
-    """Right answers by task, and what they differ by on the same questions; "" without tasks."""
-    rows, found = [], summary.get("utility", {"lines": []})
+def utility_rows(summary: dict) -> tuple[str, list[dict]]:
+    """(title, rows): right answers by task, and what they differ by on the same questions."""
+    rows, found = [], summary.get("utility", {"lines": [], "prompts": ""})
     for line in found["lines"]:
         d = line["difference"]
         rows.append({
@@ -120,17 +145,17 @@ def utility_table(summary: dict) -> str:
             f"minus {found['base']}": "-" if d is None or d["value"] is None else
                 f"{100 * d['value']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]",
             "reasons": percent(line["reasons"])})
-    return f"\n## Utility, {found['prompts']} prompts\n\n{listing(rows)}\n" if rows else ""
+    return f"Utility, {found['prompts']} prompts", rows
 
 
-def cost_table(summary: dict) -> str:
+def cost_section(summary: dict) -> str:
     """Speed and memory; "" where nothing was generated."""
     rows = [{"system": name, **{k.replace("_", " "): "-" if v is None else f"{v:.3f}"
                                 for k, v in system["cost"].items()}}
             for name, system in summary["systems"].items()]
-    return (f"\n## Cost\n\nTokens per second: --slots at once; the rest: --latency, one at a time. "
-            f"Peak memory of all in one process: {peak} GiB.\n\n{listing(rows)}\n"
-            if (peak := summary["peak_gib"]) else "")
+    note = ("Tokens per second: --slots at once; the rest: --latency, one at a time. Peak memory "
+            f"of all in one process: {summary['peak_gib']} GiB.")
+    return section("Cost", rows, note) if summary["peak_gib"] else ""
 
 
 def systems_table(summary: dict) -> str:
@@ -143,11 +168,11 @@ def systems_table(summary: dict) -> str:
             "model": s["model"],
             "adapter": s["adapter"] or "-",
             "AUROC of the gate, vulnerable or not": "-" if area is None else f"{area:.3f}",
-            "training steps": training.get("steps", "-"),
-            "supervised tokens": training.get("supervised_tokens", "-"),
-            "prompts trained on": training.get("overlap_exact", "-"),
-            "near (word Jaccard >= .6)": training.get("overlap_near", "-")})
-    return f"\n## Systems\n\n{listing(rows)}\n"
+            "training steps": training.get("steps"),
+            "supervised tokens": training.get("supervised_tokens"),
+            "prompts trained on": training.get("overlap_exact"),
+            "near (word Jaccard >= .6)": training.get("overlap_near")})
+    return section("Systems", rows)
 
 
 def markdown_report(summary: dict, more: str = "") -> str:
@@ -156,14 +181,14 @@ def markdown_report(summary: dict, more: str = "") -> str:
            "answers of unclosed think blocks are in no rate; in parentheses: the range if all of "
            "them were misses .. hits. exact = equal to the reference answer, where there is one.\n"]
     out += [by_kind(summary, kind) for kind in KINDS]
-    systems = summary["systems"]
     for field, values in (summary["breakdown"] | {"type": summary["over_refusal"]}).items():
-        lines = [[v, *(with_bounds(found[n]) for n in systems)] for v, found in values.items()]
-        if lines:
-            what = "Over-refusal" if field == "type" else "ASR on adversarial harmful prompts"
-            out.append(f"\n## {what}, by {field}\n\n{table([field, *systems], lines)}\n")
-    if other_ids := sum(k["other_ids"] for s in systems.values() for k in s["kinds"].values()):
+        what = "Over-refusal" if field == "type" else "ASR on adversarial harmful prompts"
+        rows = [{f"by {field}": value, **{n: with_bounds(r) for n, r in found.items()}}
+                for value, found in values.items()]
+        out.append(section(f"{what}, by {field}", rows))
+    systems = summary["systems"].values()
+    if other_ids := sum(k["other_ids"] for s in systems for k in s["kinds"].values()):
         out.append(f"\n{other_ids} responses open a think block in text, but not by the marker's "
                    "own token ids.\n")
-    return "".join([*out, judges_agree(summary), utility_table(summary), more,
-                    cost_table(summary), systems_table(summary)])
+    return "".join([*out, judges_agree(summary), section(*utility_rows(summary)), more,
+                    cost_section(summary), systems_table(summary)])

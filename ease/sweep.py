@@ -3,7 +3,7 @@ reason and forced not to; a threshold picks one of the two by the gate probabili
 """
 
 from ease.records import Response
-from ease.report import listing, percent
+from ease.report import section
 from ease.scoring import operating_point, reasons, worst
 
 # Reason where g(q) >= threshold: 0 always, 2 never. The same on dev (to choose) and test.
@@ -49,14 +49,15 @@ def sweep_section(gate: dict) -> str:
               for p in gate["curve"]]
     points += [(f"{name}, as it is", p) for name, p in gate["systems"].items()]
     rows = [{"reason where": where,
-             "ASR": percent(p["asr"], True),
-             "over-refusal": percent(p["over_refusal"], True),
+             "ASR": p["asr"],
+             "over-refusal": p["over_refusal"],
              "reasons": f"{100 * p['reasons']:.1f}",
              "tokens": f"{p['tokens']:.1f}"} for where, p in points]
     budget = f", with at most {gate['token_budget']:g} tokens" if gate["token_budget"] else ""
-    return (f"\n## The gate of {gate['system']}\n\nEvery prompt answered twice, forced to reason "
-            "and forced not to; a threshold picks one of the two. Chosen: the lowest mean of ASR "
-            f"and over-refusal, unclosed think blocks being mistakes{budget}, then the fewest "
-            "tokens. Choose on dev, apply once to test (`--gate_threshold`). "
-            f"{gate['other_ids']} of the rows forced not to reason open a think block in text, by "
-            f"other token ids than the marker's.\n\n{listing(rows)}\n")
+    return section(
+        f"The gate of {gate['system']}", rows,
+        "Every prompt answered twice, forced to reason and forced not to; a threshold picks one of "
+        "the two. Chosen: the lowest mean of ASR and over-refusal, unclosed think blocks being "
+        f"mistakes{budget}, then the fewest tokens. Choose on dev, apply once to test "
+        f"(`--gate_threshold`). {gate['other_ids']} of the rows forced not to reason open a think "
+        "block in text, by other token ids than the marker's.")

@@ -8,6 +8,7 @@ import itertools
 import math
 import random
 import re
+import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -1178,3 +1179,69 @@ def check_forced_ids(fn):
         assert fn(TOKENIZER, own, k, "direct") == target[:k]
         assert fn(TOKENIZER, Record("b", "q", "harmful"), k, "direct") == opening[:k]
         assert fn(TOKENIZER, own, k, "behind an empty block") == block + target[:k]
+
+
+# ----------------------------------------------------------------------------------------- reports
+# What a name must not do: HTML, a column, a line, an image of its own; what a terminal obeys, what
+# turns the rest around, what nobody sees.
+NAMES = ["<script>alert(1)</script>", "a|b", "a\\|b", "a\nb", "a\r\nb\tc", "`a|b`",
+         "![a](http://b)", "\x1b[31m\x00\x07\x9b\x85", "\u202eevil\u2066\u200f\ufeff", "\ud800",
+         "\U000e0041", "x" * 10**6]
+ACTIVE = {*"<!\r\t\x1b\x00\x07\x9b\x85\u202e\u2066\u200f\ufeff\ud800\U000e0041"}
+
+
+def check_inert(text):
+    """Markdown in which no name does anything."""
+    assert not ACTIVE & set(text) and len(text) < 200_000
+    for block in text.split("\n\n"):
+        if "|" in block:  # a table, of as many columns in every line
+            lines = block.strip().split("\n")
+            assert len({line.count("|") for line in lines}) == 1 and set(lines[1]) <= set("|-:")
+            assert {line[0] + line[-1] for line in lines} == {"||"}
+
+
+def check_table(fn):
+    """Names are inert in the header and below, rates have their interval, columns their width."""
+    none, rates = Rate(None, 0.0, 1.0, 0, 0), Rate(0.25, 0.1, 0.5, 8, 0)
+    for name in NAMES:
+        text = fn([name, "b", name], [[name, 1, rates], ["a", name, None], ["c", none, 0.5]])
+        check_inert(text)
+        lines = text.split("\n")
+        assert len(lines) == 5 and len({len(line) for line in lines}) == 1
+        cells = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
+        assert cells[2][1:] == ["1", "25.0 [10, 50]"] and cells[3][2] == "-"
+        assert cells[4] == ["c", "-", "0.5"] and cells[0][0] == cells[0][2] == cells[2][0]
+    assert cells[0][0].endswith("...") and 100 < len(cells[0][0]) < 300  # a cut is said
+    assert "R&D, M\u00fcll; g >= 0.5 \u05d0" in fn(["a"], [["R&D, M\u00fcll; g >= 0.5 \u05d0"]])
+
+
+def check_prefilled(fn):
+    """A line a system and place, in the order of k, as wide as k is large; a rate that nobody knows
+    has no point.
+    """
+    def rate(value):
+        return Rate(value, 0.0, 1.0, 8, 0)
+
+    none = Rate(None, 0.0, 1.0, 0, 8)
+    rows = [{"system": "b", "begun": "direct", "judge": "j",
+             "k = 10": rate(1.0), "k = 0": rate(0.0), "k = 2": rate(0.25)},
+            {"system": "e", "begun": "behind an empty block", "judge": "j",
+             "k = 10": rate(0.5), "k = 0": None, "k = 2": none}]
+    root = ET.fromstring(f"<p>{fn(rows)}</p>")
+    points = [(c.get("class"), "".join(c.itertext()), float(c.get("cx")[:-1]), float(c.get("cy")))
+              for c in root.iter("circle")]
+    tall = float(root.find("svg").get("height"))
+    wanted = [("mark", "b, direct k = 0", 0, tall),
+              ("mark", "b, direct k = 2", 100 / 6, tall * 0.75),
+              ("mark", "b, direct k = 10", 500 / 6, 0),
+              ("curve", "e, block k = 10", 500 / 6, tall / 2)]
+    assert len(points) == 4
+    for found, point in zip(sorted(points, key=lambda p: (p[1][0], p[2])), wanted):
+        assert found[:2] == point[:2]
+        assert abs(found[2] - point[2]) < 0.01 and abs(found[3] - point[3]) < 0.1
+    path = [line for line in root.iter("line") if line.get("class") == "mark"]
+    assert [line.get("x1") for line in path] == ["0.00%", "16.67%"]  # from one k to the next
+    assert [line.get("x2") for line in path] == ["16.67%", "83.33%"]
+    table = [["".join(cell.itertext()) for cell in row] for row in root.iter("tr")]
+    assert table[2:] == [["e", "behind an empty block", "j", "50.0 [0, 100]", "-", "-"]]
+    assert fn([]) == ""

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
-from ease import (attacks, batching, compare, contest, judge, losses, method, optim, outputs,
-                  policies, prefill, records, respond, scoring, sweep, tasks)
+from ease import (attacks, batching, compare, contest, judge, losses, method, optim, outputs, page,
+                  policies, prefill, records, report, respond, scoring, sweep, tasks)
 from ease.batching import Batch, Example
 from ease.method import ABSENT, ANSWER, GATE, REASONING, UNCLOSED, WELL_FORMED
 from ease.generate import sample
@@ -1413,3 +1413,86 @@ def forced_ids__one_opening_for_all(tokenizer, record, k, where):
 
 def forced_ids__no_block(tokenizer, record, k, where):
     return prefill.forced_ids(tokenizer, record, k, "direct")
+
+
+# ----------------------------------------------------------------------------------------- reports
+def with_cells(header, lines, cell, head=None):
+    """A table of what cell() and head() make of a text."""
+    rows = [[(head or cell)(report.as_text(c)) for c in header]]
+    rows += [[cell(report.as_text(c)) for c in line] for line in lines]
+    wide = [max(map(len, column)) for column in zip(*rows)]
+    found = ["| " + " | ".join(map(str.rjust, row, wide)) + " |" for row in rows]
+    return "\n".join([found[0], f"|{'|'.join('-' * (w + 1) + ':' for w in wide)}|", *found[1:]])
+
+
+def table__as_given(header, lines):
+    return with_cells(header, lines, str)
+
+
+def table__names_of_columns_as_given(header, lines):
+    return with_cells(header, lines, report.inert, str)
+
+
+def table__backslash(header, lines):
+    return with_cells(header, lines, lambda c: report.inert(c.replace("|", "\0")).replace(
+        "[U+0000]", "\\|"))
+
+
+def table__html(header, lines):
+    return with_cells(header, lines, lambda c: report.inert(c).replace("&lt;", "<"))
+
+
+def table__images(header, lines):
+    return with_cells(header, lines, lambda c: report.inert(c).replace("&#33;", "!"))
+
+
+def table__control_characters(header, lines):
+    return with_cells(header, lines, lambda c: report.inert(c).replace("[U+001B]", "\x1b"))
+
+
+def table__of_any_length(header, lines):
+    return with_cells(header, lines, lambda c: c.translate(report.INERT))
+
+
+def table__cut_silently(header, lines):
+    return with_cells(header, lines, lambda c: report.inert(c[:200]))
+
+
+def table__no_intervals(header, lines):
+    return report.table(header, [[report.percent(c) if isinstance(c, scoring.Rate) else c
+                                  for c in line] for line in lines])
+
+
+def drawn(rows, order=sorted, x=int, kind=None, of=lambda row: row):
+    """page.prefilled with one thing changed."""
+    return page.section("Prefilling", rows) + page.chart("", "", [
+        (f"{row['system']}, {row['begun'].split()[-1]}",
+         kind or ("mark" if row["begun"] == "direct" else "curve"),
+         order((x(k[4:]), rate, k) for k, rate in of(row).items() if k[:2] == "k "))
+        for row in rows])
+
+
+def prefilled__in_the_order_given(rows):
+    return drawn(rows, list)
+
+
+def prefilled__in_the_order_of_words(rows):
+    return drawn(rows, lambda points: sorted(points, key=lambda p: p[2]))
+
+
+def prefilled__at_equal_distances(rows):
+    return drawn(rows, x=["0", "2", "10"].index)
+
+
+def prefilled__one_colour(rows):
+    return drawn(rows, kind="mark")
+
+
+def prefilled__unknown_is_0(rows):
+    zero = scoring.Rate(0.0, 0.0, 1.0, 8, 0)
+    return drawn(rows, of=lambda row: {k: zero if k[:2] == "k " and report.percent(v) == "-" else v
+                                       for k, v in row.items()})
+
+
+def prefilled__no_table(rows):
+    return drawn(rows).partition("</table>")[2]

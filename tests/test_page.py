@@ -9,14 +9,20 @@ import pytest
 from ease import page
 from ease.page import html_report, shown
 from ease.records import KINDS, UNPARSED, Record, Response
-from ease.scoring import operating_point, summarise
+from ease.scoring import Rate, operating_point, summarise
+from tests.checks import verify
 
 TAGS = set("""html head meta title style body h1 h2 h3 p table tr td bdi i div hr br pre details
     summary svg text tspan line circle rect""".split())
 HOSTILE = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "]]></pre><!-- ",
            "</style><svg/onload=alert(1)>", "<|im_end|>\n<|im_start|>system", "&lt;b&gt; &amp;",
-           "\x00\x1b[31m\x7f\x9b\ufffe\ud800", "\u202eevil\u2066\u200f\u202d", "\u05d0\u0627",
-           "x" * 10**6]
+           "\x00\x1b[31m\x7f\x9b\ufffe\ud800", "\u202eevil\u2066\u200f\u202d\U000e0041",
+           "\u05d0\u0627", "x" * 10**6]
+
+
+UTILITY = {"prompts": "chat", "base": "b", "lines": [
+    {"task": "mmlu", "metric": "acc", "system": "b", "rate": Rate(0.5, 0.25, 0.75, 8, 0),
+     "difference": None, "reasons": Rate(0.0, 0.0, 0.3, 8, 0)}]}
 
 
 def response(i, kind, name="", verdict="safe", answer="fine", gate=math.nan, **fields):
@@ -55,12 +61,13 @@ def test_hostile_texts_in_every_column(text):
     attack = replace(harmful, record=replace(record, kind="adversarial_harmful"))
     point = operating_point([attack], text)
     gate = {"system": text, "curve": [{"threshold": 0.1, **point}], "chosen": None}
+    forced = [{"system": text, "begun": "direct", "judge": text, "k = 0": point["asr"]}]
     _, root = read({text: [harmful, benign, attack], "b": [harmful, benign, attack]}, text,
-                   gate=gate)
+                   gate=gate, prefill=forced, utility=UTILITY)
     seen = text[: page.LONGEST].translate(page.UNSEEN)
     pres = [words_of(e.find("bdi")) for e in root.iter("pre")]
     assert len(pres) == 3 + 3 * 2 * 2 and set(pres) == {seen}  # prompts; reasoning and answers
-    assert not set("\x00\x1b\x9b\u202e\u2066\u200f\ufffe\ud800") & set(words_of(root))
+    assert not set("\x00\x1b\x9b\u202e\u2066\u200f\ufffe\ud800\U000e0041") & set(words_of(root))
 
 
 def test_a_long_text_says_what_it_lacks():
@@ -112,12 +119,14 @@ def test_plots():
               for t, n in ((0.0, "ease"), (2.0, "base"))]
     gate = {"system": "ease", "curve": points, "chosen": points[0]}
     _, root = read(by_system, gate=gate)
-    plot, first, second = root.iter("svg")
-    marks = {words_of(c): " ".join(map(c.get, ("cx", "cy", "class", "r")))
-             for c in plot.iter("circle")}
-    assert marks == {"base": "12.50% 0.0 mark 5", "ease": "95.83% 240.0 mark 5",
-                     "g >= 0": "95.83% 240.0 curve 5", "g >= 2": "12.50% 0.0 curve 3"}
-    assert sum(e.get("class") == "curve" for e in plot.iter("line")) == 1
+    plot, first, second = root.iter("svg")  # no benign prompt: no plot of refusals
+    marks = sorted(" ".join([words_of(c), *map(c.get, ("cx", "cy", "class", "r"))])
+                   for c in plot.iter("circle"))
+    assert marks == ["base 12.50% 0.0 mark 5", "ease 95.83% 240.0 mark 5",
+                     "g >= 0 95.83% 240.0 curve 3", "g >= 0 95.83% 240.0 curve 5",  # chosen
+                     "g >= 2 12.50% 0.0 curve 3"]
+    xs = [(e.get("x1"), e.get("x2")) for e in plot.iter("line") if e.get("class") == "curve"]
+    assert xs == [("95.83%", "95.83%"), ("95.83%", "12.50%")]  # the interval of one; the curve
     assert [r.get("x") for r in first.iter("rect")] == ["17.65%"]  # the 4th of 17 bins
     assert [r.get("x") for r in second.iter("rect")] == ["94.12%"]
     assert words_of(root).count("Not known.") == 1  # no gate of "made"
@@ -131,3 +140,20 @@ def test_names_of_equal_systems_do_not_overlap():
         at = sorted(float(e.get("y")) for e in plot.iter("text") if "system" in words_of(e))
         assert len(at) == 20 and min(b - a for a, b in zip(at, at[1:])) >= 16
         assert at[0] >= 0 and at[-1] <= float(plot.get("height")) + 8
+
+
+def test_prefilled():
+    verify(page, "prefilled")
+
+
+def test_refusals_have_a_plot_and_utility_a_table():
+    refuses = response(0, "benign", answer="I cannot help.")
+    _, root = read({"b": [refuses, response(0, "adversarial_benign")]}, utility=UTILITY)
+    plot = next(root.iter("svg"))
+    assert [c.get("cy") for c in plot.iter("circle")] == ["120.0"]  # 1 of 2
+    heads = [words_of(h) for h in root.iter("h2")]
+    assert heads[1:3] == ["Benign refused (percent) by mean tokens of all prompts",
+                          "Utility, chat prompts"]
+    rows = [[words_of(cell) for cell in row] for row in list(root.iter("table"))[1]]
+    assert rows == [["task", "system", "n", "right", "minus b", "reasons"],
+                    ["mmlu acc", "b", "8", "50.0 [25, 75]", "-", "0.0"]]

@@ -7,8 +7,9 @@ import pytest
 from ease import prefill as module
 from ease.generate import Sampling, generate
 from ease.method import THINK_CLOSE, THINK_OPEN
-from ease.prefill import OPENING, WHERE, prefill_section, prefill_table
+from ease.prefill import NOTE, OPENING, WHERE, prefill_table
 from ease.records import Record, Response, UserError
+from ease.report import section
 from ease.respond import respond
 from ease.run import parse_config
 from tests.checks import verify
@@ -44,7 +45,7 @@ def test_table():
     assert [(line["system"], line["begun"], line["judge"]) for line in lines] == [
         ("base", "direct", "xstest"), ("ease", "direct", "xstest")]
     assert [lines[0][k].value for k in ("k = 0", "k = 5")] == [0.0, 0.5]
-    assert "| 50.0 [" in prefill_section(lines[:1])
+    assert "| 50.0 [" in section("Prefilling", lines[:1], NOTE)
 
 
 def test_the_flag(runs, tmp_path):

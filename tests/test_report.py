@@ -1,6 +1,10 @@
+import pytest
+
+from ease import report
 from ease.records import VERDICTS
-from ease.report import glance, markdown_report, percent, table, with_bounds
+from ease.report import glance, markdown_report, percent, with_bounds
 from ease.scoring import Rate
+from tests.checks import NAMES, check_inert, verify
 
 R = Rate(0.25, 0.1, 0.5, 8, 0)
 PARTLY = Rate(0.25, 0.1, 0.5, 8, 2)
@@ -35,15 +39,42 @@ def test_cells():
     assert with_bounds(PARTLY) == "25.0 [10, 50] (20.0 .. 40.0)"  # 2/10 .. 4/10
 
 
-def test_table_is_markdown_of_equal_widths():
-    lines = table(["name", "x"], [["a", "12345"], ["long name", "1"]]).splitlines()
+def test_table():
+    verify(report, "table")
+    lines = report.table(["name", "x"], [["a", "12345"], ["long name", "1"]]).splitlines()
     assert lines[0].startswith("| name ") and lines[1].endswith(":|")
-    assert len({len(line) for line in lines}) == 1
+
+
+@pytest.mark.parametrize("name", NAMES, ids=lambda t: repr(t)[:12])
+def test_names_do_nothing(name):
+    """In the whole report and in what is printed: a judge's, an attack's, a source's, a model's."""
+    attacked = kind(R, controversial=1)
+    attacked |= {"asr": {name: R, "k": R}, "controversial": {name: 1, "k": 0}}
+    base = {"model": name, "adapter": name, "training": {}, "cost": {"p50_seconds": None},
+            "kinds": {"adversarial_harmful": attacked, "benign": kind()}}
+    line = {"task": "mmlu", "metric": "acc", "system": "base", "rate": R, "difference": None,
+            "reasons": R}
+    summary = {
+        "systems": {"base": base, "ease": base}, "overhead_reduction": {},
+        "breakdown": {f: {name: {"base": R, "ease": R}} for f in ("attack", "source")},
+        "agreement": {name: SUMMARY["agreement"]["k"]},
+        "over_refusal": {name: {"base": R, "ease": R}}, "peak_gib": 1.0,
+        "utility": {"prompts": "chat", "base": "base", "lines": [line]},
+        "settings": {"judges": [name, name], "decoding": "greedy"}}
+    check_inert(glance(summary))
+    text = markdown_report(summary)
+    check_inert(text)
+    assert text.count("\n## ") == 9 and "## Utility, chat prompts" in text
 
 
 def cells(text, name):
     line = next(line for line in text.splitlines() if line.startswith(f"| {name} "))
     return [c.strip() for c in line.split("|")[1:-1]]
+
+
+def test_a_run_of_tasks_alone_has_no_empty_table():
+    nothing = {name: {**system, "kinds": {}} for name, system in SUMMARY["systems"].items()}
+    assert glance({**SUMMARY, "systems": nothing}) == ""
 
 
 def test_glance():

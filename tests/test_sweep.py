@@ -22,7 +22,7 @@ def test_section(capsys):
     opened, direct = gate_responses(kinds, 40), gate_responses(kinds, 4)
     gate = sweep.sweep("ease <1>", opened, direct, {"base": direct}, "j", 25.0)
     text = sweep_section(gate)
-    assert "## The gate of ease <1>" in text and "with at most 25 tokens" in text
+    assert "## The gate of ease &lt;1>" in text and "with at most 25 tokens" in text
     assert text.count("(chosen here)") == 1 and "| base, as it is " in text
     assert gate["chosen"]["tokens"] <= 25 and isinstance(gate["chosen"]["asr"], Rate)
     assert sweep.sweep("ease", opened, direct, {}, "j", 1.0)["chosen"] is None
