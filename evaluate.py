@@ -75,11 +75,11 @@ class Config(RunFlags):
     gate_sweep: str = ""  # NAME of a system to answer twice, forced to reason and forced not to
     prefill: list[int] = ()  # ASR of harmful prompts behind the first k tokens of an opening, for
     #   every k given (0 2 5 10); judged by the first judge but target
-    search: int = 0  # let an attack adapt: a suffix of each harmful prompt, by random search (arXiv
-    #   2404.02151), at most this many scored (300; 0 = none); judged as with --prefill
-    search_prompts: int = 0  # on the first this many prompts (0 = all)
-    search_goal: list[str] = ("opening",)  # opening: a compliant answer of plain prompts begins;
-    #   gate: that of adversarial ones shuts, or both
+    search: int = 0  # attack by random search for a suffix (arXiv 2404.02151): at most this many
+    #   scored a prompt (300; 0 = none); ends by the first judge but target, if there is another
+    search_prompts: int = 0  # attack only the first this many prompts (0 = all)
+    search_goal: list[str] = ("opening",)  # opening: plain harmful prompts shall be complied with;
+    #   gate: the gate shall shut on adversarial ones; or both
     token_budget: float = 0.0  # with --gate_sweep: tokens a response of the threshold (0 = any)
     score_only: bool = False  # score the rows of --out with these judges, in a folder beside them
     compare: list[str] = ()  # A B: is the difference chance? Two of the --systems; without them
@@ -474,8 +474,7 @@ def main(cfg: Config) -> None:
     asked = {goal: [r for r in records if r.kind == kind][: cfg.search_prompts or None]
              for goal, kind in GOALS.items() if cfg.search and goal in cfg.search_goal}
     if not all(asked.values()):
-        raise UserError("--search: opening needs prompts of kind harmful, gate of "
-                        "adversarial_harmful")
+        raise UserError("--search: opening needs prompts of kind harmful, gate adversarial ones")
     items = {task: read_items(task, files, cfg.limit)
              for task, files in task_files(cfg.tasks).items()}
     run, out = folders(cfg, systems, place)  # after reading: a mistake there leaves no folder
