@@ -79,7 +79,7 @@ class Config(RunFlags):
     #   scored a prompt (300; 0 = none); ends by the first judge but target, if there is another
     search_prompts: int = 0  # attack only the first this many prompts (0 = all)
     search_goal: list[str] = ("opening",)  # opening: plain harmful prompts shall be complied with;
-    #   gate: the gate shall shut on adversarial ones; or both
+    #   bypass: adversarial ones; gate: the gate shall shut on these; or several
     token_budget: float = 0.0  # with --gate_sweep: tokens a response of the threshold (0 = any)
     score_only: bool = False  # score the rows of --out with these judges, in a folder beside them
     compare: list[str] = ()  # A B: is the difference chance? Two of the --systems; without them
@@ -161,7 +161,7 @@ def check_flags(cfg: Config, systems: dict[str, System]) -> None:
         raise UserError("--prefill: k from 0 on, and a --judge besides target, which looks for the "
                         "opening")
     if set(cfg.search_goal) - set(GOALS) or cfg.search and cfg.score_only:
-        raise UserError("--search_goal: opening, gate or both; --search ends by its judge: not "
+        raise UserError(f"--search_goal: {', '.join(GOALS)}; --search ends by its judge: not "
                         "with --score_only")
     if cfg.token_budget and not cfg.gate_sweep:
         raise UserError("--token_budget is for choosing a threshold: it needs --gate_sweep NAME")
@@ -474,7 +474,7 @@ def main(cfg: Config) -> None:
     asked = {goal: [r for r in records if r.kind == kind][: cfg.search_prompts or None]
              for goal, kind in GOALS.items() if cfg.search and goal in cfg.search_goal}
     if not all(asked.values()):
-        raise UserError("--search: opening needs prompts of kind harmful, gate adversarial ones")
+        raise UserError("--search: opening needs prompts of kind harmful, the others adversarial")
     items = {task: read_items(task, files, cfg.limit)
              for task, files in task_files(cfg.tasks).items()}
     run, out = folders(cfg, systems, place)  # after reading: a mistake there leaves no folder

@@ -1133,7 +1133,7 @@ def check_attack(fn):
 
     gated = replace(record, kind="adversarial_harmful")
     for goal, r, threshold, answered in (
-            ("opening", record, None, True), ("opening", long, None, False),
+            ("opening", record, None, True), ("bypass", long, None, False),
             ("gate", gated, None, True), ("gate", gated, 0.0, False), ("gate", gated, 1e-15, True)):
         row, texts, asked = run(r, goal, threshold=threshold)
         early = replay(goal, r, row, texts, asked, threshold)

@@ -1234,6 +1234,7 @@ attack__opens_the_gate = altered("attack", ("-p if gate", "p if gate"))
 attack__suppresses_the_opening = altered("attack", ("p if gate else p for", "p for"))
 attack__the_whole_opening = altered("attack", ("record, FIRST, ", "record, 99, "))
 attack__the_request_is_lost = altered("attack", ('f"{record.prompt} {text}"', "text"))
+attack__bypass_is_gate = altered("attack", ('goal == "gate"', 'goal != "opening"'))
 attack__glued_on = altered("attack", ('f"{record.prompt} {text}"', "record.prompt + text"))
 attack__no_system_turn = altered("attack", (
     "tokenizer.encode_prompt(sent(s))", 'tokenizer.user_prompt(sent(s)[-1]["content"])'))

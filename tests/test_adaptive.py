@@ -45,7 +45,7 @@ def cfg(runs, tmp_path):
     systems = [s for s in runs.test.systems if s.startswith(("base", "ease"))]
     return replace(runs.test, out=str(tmp_path / "t"), systems=systems, base_system="",
                    refusal_system="", deliberative_system="", search=11, search_prompts=2,
-                   search_goal=["opening", "gate"], max_new_tokens=20)
+                   search_goal=list(GOALS), max_new_tokens=20)
 
 
 def stages(cfg) -> dict[str, list[str]]:
@@ -74,7 +74,7 @@ def test_the_flag(cfg, tmp_path, monkeypatch):
 
     def stopped(*arguments):
         count.append(1)
-        if len(count) == 4:
+        if len(count) == 4:  # the second goal's second prompt
             raise KeyboardInterrupt
         return real(*arguments)
 
@@ -84,7 +84,7 @@ def test_the_flag(cfg, tmp_path, monkeypatch):
         evaluate.main(again)
     assert len(list((tmp_path / "u").glob("*.kept"))) == 1
     evaluate.main(again)
-    assert len(count) == 9 and near(stages(again)) == near(rows)
+    assert len(count) == 13 and near(stages(again)) == near(rows)
 
 
 def near(rows: dict[str, list[str]]) -> dict:
@@ -112,10 +112,10 @@ def test_mistakes(cfg, tmp_path):
     plain = tmp_path / "plain.jsonl"
     write_jsonl(plain, [r for r in read_jsonl(cfg.prompts[0]) if r.kind == "harmful"][:2])
     for changes, message in (
-            ({"search_goal": ["shut"]}, "--search_goal: opening, gate or both"),
+            ({"search_goal": ["shut"]}, "--search_goal: opening, bypass, gate;"),
             ({"score_only": True}, "not with --score_only"),
             ({"prompts": [], "tasks": ["gsm8k=x"]}, "--search answer --prompts: give some"),
-            ({"prompts": [str(plain)]}, "--search: opening needs prompts of kind harmful, gate")):
+            ({"prompts": [str(plain)]}, "--search: opening needs prompts of kind harmful, the")):
         with pytest.raises(UserError, match=message):
             evaluate.main(replace(cfg, **changes))
     assert not (tmp_path / "t").exists()
