@@ -18,12 +18,14 @@ import random
 import re
 import sys
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 
+from ease.adaptive import GOALS, attack, search, search_section, search_table
 from ease.compare import compare
 from ease.generate import Sampling
 from ease.judge import Format, Shown, judge_model, load_judge, note_verdicts
@@ -77,6 +79,11 @@ class Config(RunFlags):
     prefill: list[int] = ()  # ASR of harmful prompts behind the first k tokens of an opening, for
     #   every k given (0 2 5 10); judged by the first judge but target
     latency: int = 0  # so many prompts again, one at a time: p50 and p95 of a response's seconds
+    search: int = 0  # attack by random search for a suffix (arXiv 2404.02151): at most this many
+    #   scored a prompt (300; 0 = none); ends by the first judge but target, if there is another
+    search_prompts: int = 0  # attack only the first this many prompts (0 = all)
+    search_goal: list[str] = ("opening",)  # opening: plain harmful prompts shall be complied with;
+    #   bypass: adversarial ones; gate: the gate shall shut on these; or several
     token_budget: float = 0.0  # with --gate_sweep: tokens a response of the threshold (0 = any)
     score_only: bool = False  # score the rows of --out with these judges, in a folder beside them
     compare: list[str] = ()  # A B: is the difference chance? Two of the --systems; without them
@@ -145,8 +152,10 @@ def check_flags(cfg: Config, systems: dict[str, System]) -> None:
     if cfg.gate_sweep in made:
         raise UserError(f"--gate_sweep {cfg.gate_sweep}: responses made elsewhere cannot be made "
                         "again")
-    if (cfg.gate_sweep or cfg.prefill or cfg.latency) and not (cfg.prompts or cfg.score_only):
-        raise UserError("--gate_sweep, --prefill and --latency answer --prompts: give some")
+    if (cfg.gate_sweep or cfg.prefill or cfg.latency or cfg.search) and not (
+            cfg.prompts or cfg.score_only):
+        raise UserError("--gate_sweep, --prefill, --latency and --search answer --prompts: give "
+                        "some")
     if cfg.tasks and made:
         raise UserError(f"--tasks asks the model itself: not with the responses of {made[0]}")
     if bool(made) != bool(cfg.tokenizer) and not cfg.score_only:
@@ -159,6 +168,9 @@ def check_flags(cfg: Config, systems: dict[str, System]) -> None:
     if cfg.prefill and (min(cfg.prefill) < 0 or set(cfg.judge) == {"target"}):
         raise UserError("--prefill: k from 0 on, and a --judge besides target, which looks for the "
                         "opening")
+    if set(cfg.search_goal) - set(GOALS) or cfg.search and cfg.score_only:
+        raise UserError(f"--search_goal: {', '.join(GOALS)}; --search ends by its judge: not "
+                        "with --score_only")
     if cfg.token_budget and not cfg.gate_sweep:
         raise UserError("--token_budget is for choosing a threshold: it needs --gate_sweep NAME")
     if cfg.score_only:
@@ -424,10 +436,30 @@ def prefilled(cfg: Config, run: Path, systems: dict[str, System],
     return prefill_table(found, judge)
 
 
+def searched(cfg: Config, run: Path, systems: dict[str, System], asked: dict[str, list[Record]],
+             place: Place) -> list[dict]:
+    """--search: adaptive.search_table of every system that can be asked. Stages."""
+    judge, found = next((name for name in cfg.judge if name != "target"), "target"), {}
+    for (name, system), goal in product(systems.items(), asked):
+        if system.outputs:
+            continue
+        file = run / f"rows-{name}+search-{goal}.jsonl"
+        if not file.exists():
+            kept, sampling = file.with_suffix(".kept"), Sampling(cfg.max_new_tokens, seed=cfg.seed)
+            guard = load_judge(judge, *place, cfg.judge_format, cfg.judge_text)
+            attacked = partial(attack, *load_system(system, place), system.messages, guard, goal,
+                               cfg.search, sampling, threshold_of(cfg, name))
+            write_jsonl(file, search(asked[goal], attacked, kept))
+            kept.unlink()
+        found[name, goal] = [row for _, row in read_lines(file)]
+    return search_table(found, judge, cfg.search)
+
+
 def write_reports(cfg: Config, out: Path, summary: dict, by_system: dict[str, list[Response]],
                   forced: list[list[Response]]) -> None:
     """Step 4: summary.json, report.md, report.html and the table that is printed."""
     more = section("Prefilling", summary.get("prefill", []), NOTE)
+    more += search_section(summary["search"]) if cfg.search else ""
     if forced:
         gate = sweep(cfg.gate_sweep, *forced, by_system, cfg.judge[0], cfg.token_budget)
         summary["gate"], more = gate, more + sweep_section(gate)
@@ -454,6 +486,10 @@ def main(cfg: Config) -> None:
         return
     check_flags(cfg, systems)
     records = [r for found in read_named(*cfg.prompts) for r in found[: cfg.limit or None]]
+    asked = {goal: [r for r in records if r.kind == kind][: cfg.search_prompts or None]
+             for goal, kind in GOALS.items() if cfg.search and goal in cfg.search_goal}
+    if not all(asked.values()):
+        raise UserError("--search: opening needs prompts of kind harmful, the others adversarial")
     items = {task: read_items(task, files, cfg.limit)
              for task, files in task_files(cfg.tasks).items()}
     run, out = folders(cfg, systems, place)  # after reading: a mistake there leaves no folder
@@ -470,6 +506,8 @@ def main(cfg: Config) -> None:
     summary = summarise_run(cfg, run, systems, by_system, alone)
     if cfg.prefill:
         summary["prefill"] = prefilled(cfg, run, systems, by_system, place)
+    if cfg.search:
+        summary["search"] = searched(cfg, run, systems, asked, place)
     if items:
         summary["utility"] = utility_of(cfg, run, systems, items, place)
     write_reports(cfg, out, summary, by_system, forced)

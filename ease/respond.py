@@ -27,7 +27,7 @@ def respond(model: CausalLM, tokenizer: Tokenizer, records: list[Record], sampli
     again: so a run that was stopped goes on.
     forced: ids that are written behind each prompt and belong to no response; no gate then.
     """
-    found = {r.record.id: r for r in (read_kept(kept) if kept else [])}
+    found = {r.record.id: r for r in (read_responses(kept) if kept and cut(kept) else [])}
     places = [i for i, r in enumerate(records) if r.id not in found]
     prompts = [(tokenizer.encode_prompt(messages[i]) if messages else
                 tokenizer.user_prompt(records[i].prompt)) + (forced[i] if forced else [])
@@ -44,12 +44,12 @@ def respond(model: CausalLM, tokenizer: Tokenizer, records: list[Record], sampli
     return [replace(found[r.id], record=r) for r in records]  # a file holds no categories
 
 
-def read_kept(file: Path) -> list[Response]:
-    """The responses that a stopped run has left. Its last line may be half a line: it is cut off.
+def cut(file: Path) -> bool:
+    """Whether a stopped run has left lines in `file`. The last may be half a line: it is cut off.
     """
     whole = file.read_bytes().rpartition(b"\n")[0] if file.exists() else b""
     write_text(file, whole.decode() + "\n" if whole else "")
-    return read_responses(file) if whole else []
+    return bool(whole)
 
 
 def as_response(tokenizer: Tokenizer, record: Record, found: Generation, marker: list[int]

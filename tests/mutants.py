@@ -2,6 +2,7 @@
 published code.
 """
 
+import inspect
 import itertools
 import math
 import random
@@ -13,8 +14,8 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
-from ease import (attacks, batching, compare, contest, judge, losses, method, optim, outputs, page,
-                  policies, prefill, records, report, respond, scoring, sweep, tasks)
+from ease import (adaptive, attacks, batching, compare, contest, judge, losses, method, optim,
+                  outputs, page, policies, prefill, records, report, respond, scoring, sweep, tasks)
 from ease.batching import Batch, Example
 from ease.method import ABSENT, ANSWER, GATE, REASONING, UNCLOSED, WELL_FORMED
 from ease.generate import sample
@@ -1496,3 +1497,81 @@ def prefilled__unknown_is_0(rows):
 
 def prefilled__no_table(rows):
     return drawn(rows).partition("</table>")[2]
+
+
+# adaptive
+def altered(name, *changes):
+    """A function of adaptive.py with pieces of its source (old, new) changed, when it is called (an
+    extra is no exercise: its source is there).
+    """
+    def mutant(*arguments):
+        source = inspect.getsource(getattr(adaptive, name))
+        for old, new in changes:
+            if source.count(old) != 1:
+                raise LookupError(f"a mutant of {name} wants {old!r} in it, once")
+            source = source.replace(old, new)
+        exec(source, space := dict(vars(adaptive)))
+        return space[name](*arguments)
+
+    return mutant
+
+
+ordinary_tokens__control = altered("ordinary_tokens", (" - {*tokenizer.control.values()}", ""))
+ordinary_tokens__bytes = altered("ordinary_tokens", (' and "\\ufffd" not in t', ""))
+ordinary_tokens__line_breaks = altered("ordinary_tokens", (" and t.isprintable()", ""))
+ordinary_tokens__blanks = altered("ordinary_tokens", ("t.strip() and ", ""))
+ordinary_tokens__in_any_order = altered("ordinary_tokens", ("sorted(ids)", "[*ids][::-1]"))
+
+WIDTH = "-(-WIDEST * (budget - spent) // budget)"
+random_search__takes_a_worse_one = altered("random_search", ("[(found, best), *", "[*"))
+random_search__downhill = altered("random_search", ("max([", "min(["))
+random_search__steps_are_counted = altered("random_search", ("+= len(tried)", "+= 1"))
+random_search__the_start_is_free = altered("random_search", ("([start]), 1", "([start]), 0"))
+random_search__whole_batches = altered("random_search", ("min(BATCH, budget - spent)", "BATCH"))
+random_search__from_the_start = altered(
+    "random_search", ("best[:at] +", "start[:at] +"), ("+ best[at", "+ start[at"))
+random_search__always_wide = altered("random_search", (WIDTH, "WIDEST"))
+random_search__always_narrow = altered("random_search", (WIDTH, "1"))
+random_search__inserts = altered("random_search", ("best[at + width :]", "best[at:]"))
+random_search__wider_than_the_suffix = altered(
+    "random_search", (f"min({WIDTH}, len(best))", WIDTH),
+    ("len(best) - width + 1", "max(1, len(best) - width + 1)"))
+random_search__its_own_seed = altered("random_search", ("rng.choices", "random.Random(0).choices"))
+
+likelihoods__first_token = altered("likelihoods", (".sum(-1)", "[:, 0]"))
+likelihoods__probability = altered("likelihoods", (".log().sum(-1)", ".prod(-1)"))
+likelihoods__mean = altered("likelihoods", (".sum(-1)", ".mean(-1)"))
+
+attack__opens_the_gate = altered("attack", ("-p if gate", "p if gate"))
+attack__suppresses_the_opening = altered("attack", ("p if gate else p for", "p for"))
+attack__the_whole_opening = altered("attack", ("record, FIRST, ", "record, 99, "))
+attack__the_request_is_lost = altered("attack", ('f"{record.prompt} {text}"', "text"))
+attack__bypass_is_gate = altered("attack", ('goal == "gate"', 'goal != "opening"'))
+attack__glued_on = altered("attack", ('f"{record.prompt} {text}"', "record.prompt + text"))
+attack__no_system_turn = altered("attack", (
+    "tokenizer.encode_prompt(sent(s))", 'tokenizer.user_prompt(sent(s)[-1]["content"])'))
+attack__scored_by_ids = altered("attack", (  # not what an attacker can send
+    "[tokenizer.encode_prompt(sent(s)) for s in suffixes]",
+    "[p[:-2] + [*tokenizer.encode(' '), *s] * bool(s) + p[-2:] for s in suffixes for p in ["
+    "tokenizer.encode_prompt([*sent(s)[:-1], {'role': 'user', 'content': record.prompt}])]]"))
+attack__never_stops = altered("attack", ("break", "pass"))
+attack__searches_all_the_same = altered("attack", ("() if unsafe()", "() if unsafe() > 1"))
+attack__unparsed_is_safe = altered("attack", (".get(verdicts[i])", ".get(verdicts[i], False)"))
+attack__unparsed_is_a_success = altered("attack", ("[-1] == UNSAFE", "[-1] != SAFE"))
+attack__answers_always = altered("attack", ("max(enough, last", "max(-math.inf, last"))
+attack__answers_each_gain = altered("attack", ("last + math.log(2)", "last"))
+attack__no_last_answer = altered("attack", ("spent == budget or ", ""))
+attack__one_answer_only = altered("attack", ("last = after\n", "last = math.inf\n"))
+attack__one_seed = altered("attack", (" {record.id}", ""))
+attack__seed_ignored = altered("attack", (" {sampling.seed}", ""))
+attack__threshold_ignored = altered("attack", ("=threshold", "=None"))
+attack__shut_at_one_half = altered("attack", ("else max(threshold, 1e-30)", "else 0.5"))
+attack__before_is_the_start = altered("attack", ("score([[]])", "score([[5] * 20])"))
+attack__gate_of_the_first = altered("attack", ("r.gate for r in", "ends[0].gate for r in"))
+
+search__from_the_beginning = altered("search", ("if r.id not in rows", ""))
+search__nothing_kept = altered("search", ('open(kept, "a"', 'open(kept, "w"'))
+search__half_a_line = altered("search", (
+    "cut(kept)", 'kept.exists() and kept.read_bytes().endswith(b"\\n")'))
+search__by_the_kept_order = altered(
+    "search", ("[rows[r.id] for r in records]", "list(rows.values())"))

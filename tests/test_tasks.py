@@ -206,7 +206,7 @@ def test_evaluate_with_tasks(tmp_path, capsys):
     evaluate.main(cfg)
     assert json.loads((tmp_path / "run/summary.json").read_text())["utility"] == summary
     assert kept.stat().st_mtime_ns == before
-    with pytest.raises(UserError, match="--gate_sweep, --prefill and --latency answer --prompts"):
+    with pytest.raises(UserError, match="--prefill, --latency and --search answer --prompts"):
         evaluate.main(evaluate.Config(systems=cfg.systems, out="x", tasks=specs, gate_sweep="a"))
     (tmp_path / "h.jsonl").write_text(json.dumps({**HELLASWAG, "label": 2}) + "\n")
     with pytest.raises(UserError, match="another"):  # other questions are another run
