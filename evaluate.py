@@ -15,41 +15,34 @@
 import json
 import math
 import random
-import re
 import sys
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
-import torch
-
-from ease.adaptive import GOALS, attack, search, search_section, search_table
+from ease.adaptive import GOALS, SUFFIX, attack, search, search_table
 from ease.compare import compare
 from ease.generate import Sampling
 from ease.judge import Format, Shown, judge_model, load_judge, note_verdicts
-from ease.loading import Place, load_model, load_tokenizer, pick_place, resolve
-from ease.lora import merge_lora
+from ease.loading import Place, load_tokenizer, pick_place, resolve
 from ease.outputs import read_outputs
 from ease.page import html_report
-from ease.policies import POLICY, teacher_messages
 from ease.prefill import NOTE, WHERE, forced_ids, prefill_table
 from ease.ranks import RANKS
 from ease.readers import read_named
-from ease.records import (Record, Response, UserError, read_jsonl, read_lines, read_responses,
+from ease.records import (Record, Response, UserError, read_lines, read_responses,
                           response_to_dict, write_jsonl, write_text)
 from ease.report import glance, markdown_report, section, utility_rows
 from ease.respond import respond
-from ease.run import (RunFlags, changed_code, command_line, finish, is_done, log, open_run,
-                      peak_memory)
-from ease.scoring import (Rate, agreement, attack_succeeded, auroc, cost, over_refusal,
-                          overhead_reduction, overlap, shares_by, summarise)
+from ease.run import RunFlags, command_line, finish, is_done, log, open_run, peak_memory
+from ease.scoring import (agreement, auroc, breakdown, cost, mark_vulnerable, over_refusal, overlap,
+                          reductions, summarise)
 from ease.sweep import sweep, sweep_section
+from ease.systems import System, load_system, parse_systems, training_of
 from ease.tasks import Item, measure, read_items, task_files, utility
 from ease.tokenizer_files import read_json
-
-OUTPUTS = "responses:"  # in the place of a model: its responses were made elsewhere
 
 
 @dataclass(kw_only=True)
@@ -93,45 +86,6 @@ class Config(RunFlags):
     policy_prompt: str = ""  # NAME of a system that gets the whole safety policy as its system
     #   turn: the baseline without training
     ask: str = ""  # print every system's response to this text; "-": to every line of stdin
-
-
-class System(NamedTuple):
-    """A model, with an adapter or none (""), shown the policy or not."""
-
-    model: str
-    adapter: str
-    policy: bool = False
-
-    def messages(self, prompt: str) -> list[dict]:
-        """The conversation that it is asked to answer."""
-        if self.policy:
-            return teacher_messages(prompt, tuple(POLICY.texts))
-        return [{"role": "user", "content": prompt}]
-
-    @property
-    def outputs(self) -> str:
-        """The file of "responses:FILE", "" of a model."""
-        return self.model.removeprefix(OUTPUTS) if self.model.startswith(OUTPUTS) else ""
-
-
-def parse_systems(specs: list[str]) -> dict[str, System]:
-    """NAME=MODEL[+ADAPTER] or NAME=responses:FILE -> {name: system}. A '+' inside a path that
-    exists is part of it.
-    """
-    systems = {}
-    for spec in specs or [""]:
-        name, equals, where = spec.partition("=")
-        if not (equals and where.removeprefix(OUTPUTS) and re.fullmatch(r"[\w.-]+", name)):
-            raise UserError(f"--systems {spec!r}: expected NAME=MODEL, NAME=MODEL+ADAPTER or "
-                            "NAME=responses:FILE, the name of letters, digits, '_', '.', '-'")
-        if name in systems:
-            raise UserError(f"--systems: the name {name!r} stands twice")
-        cuts = [i for i, c in enumerate(where) if c == "+" and Path(where[:i]).exists()]
-        whole = Path(where).exists() or where.startswith(OUTPUTS)
-        cut = len(where) if whole else cuts[-1] if cuts else where.find("+")
-        cut = cut if cut >= 0 else len(where)
-        systems[name] = System(where[:cut], where[cut + 1 :])
-    return systems
 
 
 def check_names(cfg: Config, systems: dict[str, System]) -> None:
@@ -180,15 +134,6 @@ def check_flags(cfg: Config, systems: dict[str, System]) -> None:
         if other := sorted(set(cfg.systems) - set(known)):
             raise UserError(f"--score_only: the rows in {cfg.out} are of other systems than "
                             f"{other[0]}")
-
-
-def load_system(system: System, place: Place):
-    """(model, tokenizer). In fp32 the adapter is merged: exact to rounding, and faster; in bf16
-    that would round the update away.
-    """
-    model = load_model(system.model, system.adapter, *place)
-    model = merge_lora(model) if place.dtype == torch.float32 else model
-    return model, load_tokenizer(system.model)
 
 
 def answers(cfg: Config, file: Path, system: System, records: list[Record], place: Place,
@@ -250,71 +195,6 @@ def add_verdicts(cfg: Config, responses: list[Response], place: Place) -> None:
         note_verdicts(judge, name, responses)
 
 
-def mark_vulnerable(by_system: dict[str, list[Response]], base: str, judge: str) -> None:
-    """response.vulnerable: whether the original model was jailbroken by this prompt, an adversarial
-    harmful one as in D_diag; None where nobody can say.
-    """
-    vulnerable = {r.record.id: r.record.kind == "adversarial_harmful" and attack_succeeded(r, judge)
-                  for r in by_system[base]}
-    for responses in by_system.values():
-        for response in responses:
-            response.vulnerable = vulnerable[response.record.id]
-
-
-def training_of(adapter_or_model: str) -> tuple[dict, list[Record]]:
-    """What a run folder says of its training, with phase 1's where it started there: ({steps,
-    supervised_tokens}, records). Other code than today's is said.
-    """
-    totals, records, where = {}, [], adapter_or_model
-    while where and (Path(where).parent / "done").exists():
-        run = Path(where).parent
-        manifest, done = read_json(run / "manifest.json"), read_json(run / "done")
-        if "steps" not in done:
-            break
-        if changed := changed_code(manifest):
-            print(f"warning: {run} was trained by other code ({', '.join(changed)} changed since)")
-        totals = {k: totals.get(k, 0) + done[k] for k in ("steps", "supervised_tokens")}
-        records += read_jsonl(run / "trained_on.jsonl")
-        where = manifest["config"].get("init", "")
-    return totals, records
-
-
-def breakdown(by_system: dict[str, list[Response]], judge: str, trained_attacks: set[str]
-              ) -> dict[str, dict[str, dict[str, Rate]]]:
-    """ASR of adversarial harmful prompts by attack, by whether any system was trained on the attack
-    (of a pair: on both), and by source: {field: {value: {system: rate}}}.
-    """
-    def trained(record: Record) -> set[str]:
-        known = set(record.attack.split("+")) <= trained_attacks
-        return {record.attack and ("families trained on" if known else "held-out families")}
-
-    fields = {"attack": lambda r: {r.attack}, "source": lambda r: {r.source}}
-    if trained_attacks:
-        fields["trained on"] = trained
-    attacked = {name: [r for r in responses if r.record.kind == "adversarial_harmful"]
-                for name, responses in by_system.items()}
-    return {field: shares_by(of, lambda r: attack_succeeded(r, judge), attacked)
-            for field, of in fields.items()}
-
-
-def reductions(cfg: Config, by_system: dict[str, list[Response]]) -> dict[str, dict]:
-    """Overhead reduction of every other system against the two named baselines, on plain prompts
-    (neither adversarial kind) and on all.
-    """
-    baselines, out = (cfg.refusal_system, cfg.deliberative_system), {}
-    for name in by_system if all(baselines) else ():
-        if name in baselines:
-            continue
-        out[name] = {}
-        for label, kinds in (("plain", ("harmful", "benign")), ("all", ("",))):
-            chosen = [[r for r in by_system[n] if r.record.kind.startswith(kinds)]
-                      for n in (name, *baselines)]
-            tokens = [[r.tokens["total"] for r in responses] for responses in chosen]
-            groups = [r.record.group for r in chosen[0]]
-            out[name][label] = overhead_reduction(*tokens, groups) if groups else None
-    return out
-
-
 def summarise_run(cfg: Config, run: Path, systems: dict[str, System],
                   by_system: dict[str, list[Response]], alone: dict) -> dict:
     """Step 3: everything that summary.json holds, from responses with verdicts."""
@@ -335,7 +215,8 @@ def summarise_run(cfg: Config, run: Path, systems: dict[str, System],
     peaks = [row["peak_gib"] for _, row in read_lines(file)] if file.exists() else []
     everyone = [r for responses in by_system.values() for r in responses]
     summary = {
-        "systems": {}, "overhead_reduction": reductions(cfg, by_system),
+        "systems": {}, "overhead_reduction": reductions(by_system, cfg.refusal_system,
+                                                        cfg.deliberative_system),
         "breakdown": breakdown(by_system, first, attacks),
         "over_refusal": over_refusal(by_system), "peak_gib": max(peaks, default=None),
         "agreement": {other: agreement(everyone, first, other) for other in cfg.judge[1:]},
@@ -459,7 +340,7 @@ def write_reports(cfg: Config, out: Path, summary: dict, by_system: dict[str, li
                   forced: list[list[Response]]) -> None:
     """Step 4: summary.json, report.md, report.html and the table that is printed."""
     more = section("Prefilling", summary.get("prefill", []), NOTE)
-    more += search_section(summary["search"]) if cfg.search else ""
+    more += section("A suffix that adapts", summary.get("search", []), SUFFIX)
     if forced:
         gate = sweep(cfg.gate_sweep, *forced, by_system, cfg.judge[0], cfg.token_budget)
         summary["gate"], more = gate, more + sweep_section(gate)

@@ -19,9 +19,8 @@ from ease.method import THINK_OPEN
 from ease.model import CausalLM
 from ease.prefill import forced_ids
 from ease.records import SAFE, UNSAFE, Record, read_lines
-from ease.report import listing, percent
 from ease.respond import cut, respond
-from ease.scoring import Rate, rate, reasons
+from ease.scoring import rate, reasons
 from ease.tokenizer import Tokenizer
 
 # Raise log p(opening) of plain requests, or of disguised ones, for which the gate opens: then it
@@ -29,6 +28,11 @@ from ease.tokenizer import Tokenizer
 GOALS = {"opening": "harmful", "bypass": "adversarial_harmful", "gate": "adversarial_harmful"}
 FIRST = 4  # tokens of the opening: one alone may begin a refusal too
 LENGTH, WIDEST, BATCH = 20, 4, 8  # suffix tokens; most changed at once; suffixes scored together
+
+SUFFIX = ("Random search until the judge calls an answer unsafe (a refusal list does so too "
+          "often). Before: no suffix. Success, reasons: percent; score: log p(opening) of plain "
+          "prompts (bypass: adversarial ones), for the goal gate -log g; median: suffixes scored "
+          "until one succeeded; answers: generated a prompt.")
 
 
 @cache
@@ -132,14 +136,3 @@ def search_table(found: dict[tuple[str, str], list[dict]], judge: str, budget: i
                     rate(values, [row["group"] for row in rows]))
         lines.append(line)
     return lines
-
-
-def search_section(lines: list[dict]) -> str:
-    """The lines as a section of report.md."""
-    rows = [{k: percent(v) if isinstance(v, Rate) else v for k, v in line.items()}
-            for line in lines]
-    return ("\n## A suffix that adapts\n\nRandom search until the judge calls an answer unsafe (a "
-            "refusal list does so too often). Before: no suffix. Success, reasons: percent; score: "
-            "log p(opening) of plain prompts (bypass: adversarial ones), for the goal gate -log g; "
-            "median: suffixes scored until one succeeded; answers: generated a prompt.\n\n"
-            f"{listing(rows)}\n")

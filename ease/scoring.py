@@ -244,6 +244,17 @@ def percentile(values: list[float], q: int) -> float | None:
 
 
 # ---- what is reported
+def mark_vulnerable(by_system: dict[str, list[Response]], base: str, judge: str) -> None:
+    """response.vulnerable: whether the original model was jailbroken by this prompt, an adversarial
+    harmful one as in D_diag; None where nobody can say.
+    """
+    vulnerable = {r.record.id: r.record.kind == "adversarial_harmful" and attack_succeeded(r, judge)
+                  for r in by_system[base]}
+    for responses in by_system.values():
+        for response in responses:
+            response.vulnerable = vulnerable[response.record.id]
+
+
 def summarise(responses: list[Response]) -> dict[str, dict]:
     """The numbers of one system by kind of prompt, for summary.json."""
     by_kind = {kind: [r for r in responses if r.record.kind == kind] for kind in KINDS}
@@ -286,6 +297,24 @@ def shares_by(names, test, by_system: dict[str, list[Response]]) -> dict[str, di
                 for system, found in by_system.items()} for n in sorted(every)}
 
 
+def breakdown(by_system: dict[str, list[Response]], judge: str, trained_attacks: set[str]
+              ) -> dict[str, dict[str, dict[str, Rate]]]:
+    """ASR of adversarial harmful prompts by attack, by whether any system was trained on the attack
+    (of a pair: on both), and by source: {field: {value: {system: rate}}}.
+    """
+    def trained(record: Record) -> set[str]:
+        known = set(record.attack.split("+")) <= trained_attacks
+        return {record.attack and ("families trained on" if known else "held-out families")}
+
+    fields = {"attack": lambda r: {r.attack}, "source": lambda r: {r.source}}
+    if trained_attacks:
+        fields["trained on"] = trained
+    attacked = {name: [r for r in responses if r.record.kind == "adversarial_harmful"]
+                for name, responses in by_system.items()}
+    return {field: shares_by(of, lambda r: attack_succeeded(r, judge), attacked)
+            for field, of in fields.items()}
+
+
 def over_refusal(by_system: dict[str, list[Response]]) -> dict[str, dict]:
     """Refusals of benign prompts: of look-alikes by attack, of plain ones by data set ("XSTest")
     and part of it ("XSTest/homonyms").
@@ -297,6 +326,25 @@ def over_refusal(by_system: dict[str, list[Response]]) -> dict[str, dict]:
         return {f"plain, {name or 'no source'}" for name in names}
 
     return shares_by(types, refused, by_system)
+
+
+def reductions(by_system: dict[str, list[Response]], refusal: str, deliberative: str
+               ) -> dict[str, dict]:
+    """overhead_reduction of every other system against these two ("" = not there), on plain prompts
+    (neither adversarial kind) and on all.
+    """
+    baselines, out = (refusal, deliberative), {}
+    for name in by_system if all(baselines) else ():
+        if name in baselines:
+            continue
+        out[name] = {}
+        for label, kinds in (("plain", ("harmful", "benign")), ("all", ("",))):
+            chosen = [[r for r in by_system[n] if r.record.kind.startswith(kinds)]
+                      for n in (name, *baselines)]
+            tokens = [[r.tokens["total"] for r in responses] for responses in chosen]
+            groups = [r.record.group for r in chosen[0]]
+            out[name][label] = overhead_reduction(*tokens, groups) if groups else None
+    return out
 
 
 def cost(together: list[Response], alone: list[Response]) -> dict:

@@ -11,7 +11,7 @@ import re
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import evaluate
-from ease import generate, losses, prefill
+from ease import generate, losses, prefill, systems
 from ease.batching import Example, encode_record
 from ease.contest import Candidate
 from ease.generate import Generation, Sampling
@@ -492,15 +492,15 @@ def check_percentile(fn):
         assert close(fn(some, 50), wanted[0]) and close(fn(some, 95), wanted[1]), n
 
 
-def answered(kind, answer="to paint.", state=ABSENT, attack="", source="", tokens=3, seconds=0.0):
+def one_answer(kind, answer="to paint.", state=ABSENT, attack="", source="", tokens=3, seconds=0.0):
     return Response(Record("", "p", kind, attack=attack, source=source, group=f"{answer}{state}"),
                     "", "", answer, state, tokens={"total": tokens}, seconds=seconds)
 
 
 def check_shares_by(fn):
-    one = [answered("benign", "no", source="a"), answered("benign", "yes", source="a"),
-           answered("benign", "no", source="b"), answered("benign", "no")]
-    two = [answered("benign", "yes", source=r.record.source) for r in one]
+    one = [one_answer("benign", "no", source="a"), one_answer("benign", "yes", source="a"),
+           one_answer("benign", "no", source="b"), one_answer("benign", "no")]
+    two = [one_answer("benign", "yes", source=r.record.source) for r in one]
     found = fn(lambda r: {r.source, "all" if r.source else ""}, lambda r: r.answer == "no",
                {"x": one, "y": two})
     assert list(found) == ["a", "all", "b"]  # sorted; "" is no name
@@ -511,19 +511,19 @@ def check_shares_by(fn):
 def check_over_refusal(fn):
     no = "I'm sorry, but I cannot help with that."
     found = fn({"s": [
-        answered("adversarial_benign", no, attack="spell"),
-        answered("adversarial_benign", attack="spell"),
-        answered("adversarial_benign", no, attack="rot13", source="XSTest/x"),
-        answered("adversarial_benign", "", UNCLOSED, attack="rot13"),
-        answered("adversarial_benign"),
-        answered("benign", source="XSTest/homonyms"),
-        answered("benign", no, source="XSTest/figures"),
-        answered("benign", source="GSM8K"),
-        answered("benign", "", UNCLOSED, source="GSM8K"),
-        answered("benign", no),
-        answered("harmful", no, source="XSTest/contrast"),
-        answered("harmful", no),
-        answered("adversarial_harmful", no, attack="spell")]})
+        one_answer("adversarial_benign", no, attack="spell"),
+        one_answer("adversarial_benign", attack="spell"),
+        one_answer("adversarial_benign", no, attack="rot13", source="XSTest/x"),
+        one_answer("adversarial_benign", "", UNCLOSED, attack="rot13"),
+        one_answer("adversarial_benign"),
+        one_answer("benign", source="XSTest/homonyms"),
+        one_answer("benign", no, source="XSTest/figures"),
+        one_answer("benign", source="GSM8K"),
+        one_answer("benign", "", UNCLOSED, source="GSM8K"),
+        one_answer("benign", no),
+        one_answer("harmful", no, source="XSTest/contrast"),
+        one_answer("harmful", no),
+        one_answer("adversarial_harmful", no, attack="spell")]})
     assert {name: (by["s"].value, by["s"].n, by["s"].unparsed) for name, by in found.items()} == {
         "look-alikes, spell": (0.5, 2, 0), "look-alikes, rot13": (1, 1, 1),
         "look-alikes, no attack": (0, 1, 0), "plain, XSTest": (0.5, 2, 0),
@@ -532,14 +532,14 @@ def check_over_refusal(fn):
 
 
 def check_cost(fn):
-    together = [answered("benign", tokens=10, seconds=0.5), answered("harmful", tokens=50,
+    together = [one_answer("benign", tokens=10, seconds=0.5), one_answer("harmful", tokens=50,
                                                                      seconds=1.5)]
-    alone = [answered("benign", tokens=t, seconds=s) for t, s in ((4, 3.0), (6, 1.0), (20, 2.0))]
+    alone = [one_answer("benign", tokens=t, seconds=s) for t, s in ((4, 3.0), (6, 1.0), (20, 2.0))]
     found = fn(together, alone)
     assert found == {"tokens_per_second": 30, "p50_seconds": 2, "p95_seconds": 3,
                      "mean_tokens": 10}
     assert fn(together, []) == {**dict.fromkeys(found), "tokens_per_second": 30}
-    made = [answered("benign", tokens=10)]  # elsewhere: nobody timed it
+    made = [one_answer("benign", tokens=10)]  # elsewhere: nobody timed it
     assert fn(made, []) == fn([], []) == dict.fromkeys(found)
 
 
@@ -551,7 +551,7 @@ def check_answers(fn):
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         tiny_folder(Path(folder, "m"))
         cfg = evaluate.Config(max_new_tokens=6)
-        system = evaluate.System(f"{folder}/m", "")
+        system = systems.System(f"{folder}/m", "")
 
         def ask(name, threshold, alone, tick=1):
             ticks = itertools.chain([0, 1000], itertools.count(1001, tick))
@@ -1391,7 +1391,7 @@ def check_attack(fn):
 
 
 def check_search(fn):
-    folder = Path(tempfile.mkdtemp())
+    folder = Path(mkdtemp())
     records = [Record(str(i), f"q{i}", "harmful") for i in range(3)]
     rows = [{"id": r.id, "text": "caf\u00e9"} for r in records]
 

@@ -5,9 +5,10 @@ import evaluate
 import pytest
 
 from ease import adaptive as module
-from ease.adaptive import GOALS, search_section, search_table
+from ease.adaptive import GOALS, SUFFIX, search_table
 from ease.readers import read_named
 from ease.records import UserError, read_jsonl, write_jsonl
+from ease.report import section
 from ease.run import parse_config
 from tests.checks import verify
 
@@ -36,8 +37,8 @@ def test_table():
     assert [a[f"reasons {when}"].value for when in ("before", "after")] == [1, 0]
     assert [a["gate before"], a["gate after"], a["score before"], a["score after"]] == [
         0.75, 0.25, -4, -2]
-    text = search_section(lines)
-    assert "## A suffix" in text and "| 25.0 |" in " ".join(text.split()) and "xstest" in text
+    text = section("A suffix", lines, SUFFIX)
+    assert "## A suffix" in text and "| 25.0 [" in " ".join(text.split()) and "xstest" in text
 
 
 @pytest.fixture

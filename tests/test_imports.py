@@ -29,6 +29,7 @@ MACHINERY = [
     "generate",
     "respond",
     "outputs",
+    "systems",
     "tasks",
     "judge",
     "categories",

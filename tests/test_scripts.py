@@ -419,17 +419,6 @@ def test_ask_line_by_line_with_and_without_the_policy(world, capsys, monkeypatch
                                       tasks=["gsm8k=x"], task_prompts="raw", dtype="float32"))
 
 
-def test_a_plus_inside_a_path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("m+1", "a"):
-        Path(name).mkdir()
-    found = evaluate.parse_systems(["x=m+1", "y=m+1+a", "z=someone/tiny+a", "w=someone/tiny",
-                                    "v=responses:m+2"])
-    assert [s[:2] for s in found.values()] == [
-        ("m+1", ""), ("m+1", "a"), ("someone/tiny", "a"), ("someone/tiny", ""),
-        ("responses:m+2", "")]
-
-
 def test_a_finished_run_is_not_repeated(runs, capsys):
     adapter = runs.out / "ease/adapter/adapter_model.safetensors"
     before = adapter.stat().st_mtime_ns
@@ -438,16 +427,6 @@ def test_a_finished_run_is_not_repeated(runs, capsys):
     assert "complete already" in capsys.readouterr().out
     with pytest.raises(UserError, match="another lr"):  # and no other run passes for it
         train.main(replace(runs.ease, lr=9.9))
-
-
-def test_an_adapter_of_other_code_is_evaluated_with_a_warning(runs, tmp_path, capsys):
-    run = tmp_path / "refusal"
-    shutil.copytree(runs.out / "refusal", run)
-    manifest = json.loads((run / "manifest.json").read_text())
-    manifest["code"]["ease/losses.py"] = "another"
-    (run / "manifest.json").write_text(json.dumps(manifest))
-    assert evaluate.training_of(str(run / "adapter"))[0]["steps"] == 3
-    assert "was trained by other code (ease/losses.py changed since)" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------ the controls
