@@ -148,6 +148,23 @@ def response_pieces__one_string(record):
     )
 
 
+def response_pieces__close_marker_is_answer(record):
+    return [(text, ANSWER if text.startswith("\n</think>") else role)
+            for text, role in method.response_pieces(record)]
+
+
+def response_pieces__no_markers(record):
+    pieces = method.response_pieces(record)
+    return [pieces[1], pieces[3]] if len(pieces) == 4 else pieces
+
+
+def response_pieces__empty_block(record):
+    """A think block that says nothing, where there is no reasoning."""
+    found = method.response_pieces(record)
+    return found if record.reasoning else [
+        ("<think>\n", GATE), ("\n</think>\n\n", REASONING), *found]
+
+
 def split_reasoning__anywhere(text):
     before, opened, rest = text.partition("<think>")
     if not opened:
@@ -406,6 +423,24 @@ def wilson_interval__normal_approximation(hits, n):
 def wilson_interval__one_sided(hits, n):
     scale = (1.96 / 1.645) ** 2
     return scoring.wilson_interval(hits * scale, n * scale)
+
+
+def wilson_interval__centred_on_p(hits, n):
+    low, high = scoring.wilson_interval(hits, n)
+    p, half = hits / n if n else 0.5, (high - low) / 2
+    return max(0.0, p - half), min(1.0, p + half)
+
+
+def wilson_interval__variance_not_root(hits, n):
+    if n == 0:
+        return 0.0, 1.0
+    p, z = hits / n, 1.96
+    centre, half = p + z * z / 2 / n, z * (p * (1 - p) / n + z * z / 4 / n**2)
+    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+
+
+def wilson_interval__nothing_is_zero(hits, n):
+    return scoring.wilson_interval(hits, n) if n else (0.0, 0.0)
 
 
 def rate__third_value_is_a_miss(values, groups):
@@ -706,13 +741,125 @@ def encode_item__spaces_stay_with_the_context(tokenizer, item, raw):
 
 
 # tensors
-def merge_delta__scale_without_rank(W, A, B, rank, alpha, x):
+def update(layer, x):
+    return layer.lora_B(layer.lora_A(x.float())).to(x.dtype)
+
+
+def LoRALinear_forward__scale_without_rank(layer, x):
     """LLMs-from-scratch #821: the scale lacked 1/rank, and B = 0 hid it from the tests."""
-    return (W + alpha * B @ A) @ x
+    return F.linear(x, layer.weight, layer.bias) + layer.scale * len(
+        layer.lora_A.weight) * update(layer, x)
 
 
-def merge_delta__square_root_of_rank(W, A, B, rank, alpha, x):
-    return (W + alpha / rank**0.5 * B @ A) @ x
+def LoRALinear_forward__no_scale(layer, x):
+    return F.linear(x, layer.weight, layer.bias) + update(layer, x)
+
+
+def LoRALinear_forward__no_bias(layer, x):
+    return F.linear(x, layer.weight) + layer.scale * update(layer, x)
+
+
+def LoRALinear_forward__scales_the_base_too(layer, x):
+    return layer.scale * (F.linear(x, layer.weight, layer.bias) + update(layer, x))
+
+
+def LoRALinear_forward__not_trained(layer, x):
+    return F.linear(x, layer.weight + layer.delta().detach().to(x.dtype), layer.bias)
+
+
+def LoRALinear_forward__in_fp32(layer, x):
+    bias = None if layer.bias is None else layer.bias.float()
+    return F.linear(x.float(), layer.weight.float() + layer.delta(), bias)
+
+
+def RMSNorm_forward__layer_norm(norm, x):
+    return norm.weight * F.layer_norm(x.float(), x.shape[-1:], eps=norm.eps).to(x.dtype)
+
+
+def RMSNorm_forward__sum_for_mean(norm, x):
+    size = (x.float().pow(2).sum(-1, keepdim=True) + norm.eps).sqrt()
+    return norm.weight * (x.float() / size).to(x.dtype)
+
+
+def RMSNorm_forward__eps_outside_the_root(norm, x):
+    size = x.float().pow(2).mean(-1, keepdim=True).sqrt() + norm.eps
+    return norm.weight * (x.float() / size).to(x.dtype)
+
+
+def RMSNorm_forward__mean_over_everything(norm, x):
+    return norm.weight * (x.float() / (x.float().pow(2).mean() + norm.eps).sqrt()).to(x.dtype)
+
+
+def RMSNorm_forward__one_plus_weight(norm, x):
+    """Gemma's."""
+    return (1 + norm.weight) * F.rms_norm(x.float(), x.shape[-1:], eps=norm.eps).to(x.dtype)
+
+
+def RMSNorm_forward__in_half_precision(norm, x):
+    return norm.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.eps))
+
+
+def RMSNorm_forward__returns_fp32(norm, x):
+    return norm.weight * F.rms_norm(x.float(), x.shape[-1:], eps=norm.eps)
+
+
+def rotate__neighbours_are_pairs(x, cos, sin):
+    """The layout of GPT-J and of Meta's own Llama files."""
+    return x * cos + torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2) * sin
+
+
+def rotate__backwards(x, cos, sin):
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((second, -first), -1) * sin
+
+
+def rotate__no_minus(x, cos, sin):
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((second, first), -1) * sin
+
+
+def rotate__swaps_the_tables(x, cos, sin):
+    first, second = x.chunk(2, -1)
+    return x * sin + torch.cat((-second, first), -1) * cos
+
+
+def rotate__in_place(x, cos, sin):
+    first, second = x.clone().chunk(2, -1)
+    return x.mul_(cos).add_(torch.cat((-second, first), -1) * sin)
+
+
+def prefill__no_marker(model, cache, prompts, first, marker):
+    logits = model.last_logits(prompts, 1, cache=cache, first=first)
+    return logits.expand(-1, len(marker) + 1, -1)
+
+
+def prefill__marker_in_front(model, cache, prompts, first, marker):
+    rows = [marker + p for p in prompts]
+    return model.last_logits(rows, len(marker) + 1, cache=cache, first=first)
+
+
+def prefill__one_position_early(model, cache, prompts, first, marker):
+    rows = [p + marker for p in prompts]
+    return model.last_logits(rows, len(marker) + 2, cache=cache, first=first)[:, :-1]
+
+
+def prefill__slots_from_0(model, cache, prompts, first, marker):
+    return model.last_logits([p + marker for p in prompts], len(marker) + 1, cache=cache)
+
+
+def prefill__without_the_cache(model, cache, prompts, first, marker):
+    return model.last_logits([p + marker for p in prompts], len(marker) + 1)
+
+
+def prefill__longest_first(model, cache, prompts, first, marker):
+    rows = sorted((p + marker for p in prompts), key=len, reverse=True)
+    return model.last_logits(rows, len(marker) + 1, cache=cache, first=first)
+
+
+def prefill__extends_the_prompts(model, cache, prompts, first, marker):
+    for p in prompts:
+        p += marker
+    return model.last_logits(prompts, len(marker) + 1, cache=cache, first=first)
 
 
 def collate__no_shift(examples, device):
