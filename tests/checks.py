@@ -245,6 +245,8 @@ def check_mix(fn):
         len({i for i in ids if i[0] == "b"}) == 5 == len(ids) - 30
     )  # a count: that many, without replacement
     assert any(ids[i][0] == "b" for i in range(30))  # shuffled, not one group after the other
+    drawn = [{r.id for r in fn(groups, {"a": 0, "b": 5}, s) if r.id[0] == "b"} for s in (0, 1)]
+    assert drawn[0] != drawn[1] and len(fn(groups, {"a": 0, "b": 5}, 0)) == 35  # 0: all
     assert ids == [r.id for r in fn(groups, {"b": 5}, 0)] and ids != [
         r.id for r in fn(groups, {"b": 5}, 1)
     ]
@@ -448,8 +450,14 @@ def check_overhead_reduction(fn):
     assert 0.8 < spread["low"] < 0.9 < spread["high"] < 1
     # the same prompts in ten groups that differ: less is known
     steps = [x + 10 * (i // 6 % 2) for i, x in enumerate(lengths)]
-    grouped = fn(steps, lengths, longest, [str(i // 6) for i in range(60)])
+    tens = [i // 6 for i in range(60)]
+    grouped = fn(steps, lengths, longest, list(map(str, tens)))
     assert grouped["high"] - grouped["low"] > 2 * (spread["high"] - spread["low"])
+    longest = [x + 50 - i % 7 for i, x in enumerate(lengths)]
+    wanted = reference.overhead_reduction(steps, lengths, longest, tens, 2.26216)  # t, 9 degrees
+    found = fn(steps, lengths, longest, list(map(str, tens)))
+    assert all(close(found[k], w, 1e-4) for k, w in zip(("value", "low", "high"), wanted))
+    assert found["n"] == 60
 
 
 def check_paired_difference(fn):

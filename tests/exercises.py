@@ -49,8 +49,7 @@ class Exercise(NamedTuple):
         return f"ease/{self.module}.py"
 
     @property
-    def key(self) -> str:
-        """As in check_KEY, KEY__mistake and reference.KEY."""
+    def key(self) -> str:  # as in check_KEY, KEY__mistake and reference.KEY
         return self.name.replace(".", "_")
 
     def parts(self) -> tuple:
@@ -65,8 +64,9 @@ EXERCISES = [  # in the paper's order; a check needs no function below its own
              "close counts; the markers are <think> and </think>, with any white space around."),
     Exercise("accept_trace", "policies", "Phase 1.2", 8, 40, "The first that holds: 'cut off'; "
              "'think block unclosed'; 'no think block'; 'empty reasoning'; 'empty answer'; "
-             "'repetition loop' (is_loop); 'names no category and no rule' (cites; BENIGN needs "
-             "none); 'harmful request, answer judged VERDICT' (not SAFE); 'benign request refused'."),
+             "'repetition loop' (is_loop); 'names no category and no rule' (cites; BENIGN needs no "
+             "word); 'harmful request, answer judged VERDICT' (any but SAFE); "
+             "'benign request refused'."),
     Exercise("cross_entropy", "losses", "Phase 1.3", 4, 10, "Computed in fp32."),
     Exercise("kl_divergence", "losses", "Phase 1.3", 8, 40),
     Exercise("topk_kl", "losses", "Phase 1.3", 8, 50, "At k = V the gradient is the full KL's."),

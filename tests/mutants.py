@@ -256,6 +256,18 @@ def mix__not_shuffled(groups, counts, seed):
     ]
 
 
+def mix__the_first_ones(groups, counts, seed):
+    out = [r for name, rs in groups.items() for r in rs[: counts.get(name) or len(rs)]]
+    if any(n > len(groups[name]) for name, n in counts.items()):
+        return method.mix(groups, counts, seed)
+    random.Random(seed).shuffle(out)
+    return out
+
+
+def mix__zero_is_none(groups, counts, seed):
+    return method.mix({n: rs for n, rs in groups.items() if counts.get(n) != 0}, counts, seed)
+
+
 def mix__too_few_is_silent(groups, counts, seed):
     return method.mix(groups, {n: min(c, len(groups[n])) for n, c in counts.items()}, seed)
 
@@ -646,6 +658,21 @@ def overhead_reduction__unpaired(tokens, refusal, deliberative, groups):
 def overhead_reduction__ignores_groups(tokens, refusal, deliberative, groups):
     rows = [str(i) for i in range(len(groups))]
     return scoring.overhead_reduction(tokens, refusal, deliberative, rows)
+
+
+def overhead_reduction__normal_quantile(tokens, refusal, deliberative, groups):
+    """z for t: too narrow, the more the fewer the groups."""
+    r, G = scoring.overhead_reduction(tokens, refusal, deliberative, groups), len(set(groups))
+    if r is None or r["low"] is None:
+        return r
+    half = (r["high"] - r["value"]) * 1.96 / scoring.t_quantile(G - 1)
+    return {**r, "low": r["value"] - half, "high": r["value"] + half}
+
+
+def overhead_reduction__mean_of_ratios(tokens, refusal, deliberative, groups):
+    r = scoring.overhead_reduction(tokens, refusal, deliberative, groups)
+    ratios = [(t - f) / (d - f) for t, f, d in zip(tokens, refusal, deliberative) if d > f]
+    return r and {**r, "value": 1 - sum(ratios) / len(ratios)}
 
 
 def overhead_reduction__zero_width_for_one_group(tokens, refusal, deliberative, groups):

@@ -60,6 +60,18 @@ def wilson_interval(hits: int, n: int) -> tuple[float, float]:
     return bisect(0.0, observed) if hits else 0.0, bisect(1.0, observed) if hits < n else 1.0
 
 
+def overhead_reduction(tokens: list[float], refusal: list[float], deliberative: list[float],
+                       groups: list[int], t: float) -> list[float]:
+    """[value, low, high], group by group."""
+    G = max(groups) + 1
+    x, y = [0.0] * G, [0.0] * G
+    for a, b, c, g in zip(tokens, refusal, deliberative, groups):
+        x[g], y[g] = x[g] + a - b, y[g] + c - b
+    ratio = sum(x) / sum(y)
+    variance = G / (G - 1) * sum((x[g] - ratio * y[g]) ** 2 for g in range(G)) / sum(y) ** 2
+    return [1 - ratio, 1 - ratio - t * math.sqrt(variance), 1 - ratio + t * math.sqrt(variance)]
+
+
 def sign_flip_test(differences: list[float], groups: list[str]) -> float:
     """All 2^G flips, one by one."""
     names, n, far = sorted(set(groups)), 0, 0
