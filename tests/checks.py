@@ -133,6 +133,10 @@ def check_topk_kl(fn):
         full.sum().backward()  # k = V is the full KL, gradient included
         assert torch.allclose(last, full, atol=1e-5)
         assert torch.allclose(gradient, student.grad, atol=1e-5)
+    # a tail of the student that 1 - q would lose in fp32
+    sharp = student.detach().scatter_add(-1, teacher.argmax(-1, True), torch.full((5, 1), 40.0))
+    wanted = reference.topk_kl(teacher.tolist(), sharp.tolist(), 2, 1.0)
+    assert per_token(fn(*losses.topk_log_probabilities(teacher, 2), sharp), wanted)
     same = losses.topk_log_probabilities(teacher, 3)
     assert per_token(fn(*same, teacher), [0.0] * 5)
 
@@ -189,7 +193,7 @@ def check_split_reasoning(fn):
         "well_formed",
     )  # the first close counts
     assert fn("<think>\n\n</think>\n\nb") == ("", "b", "well_formed")
-    assert fn("") == ("", "", "absent")
+    assert fn("") == ("", "", "absent") and fn(" b\n") == ("", "b", "absent")
 
 
 FOUR = [
@@ -215,6 +219,7 @@ def check_select_region(fn):
         record(id="b", kind="adversarial_benign")
     ]
     pool = diagnostic + [record(id=f"h{i}") for i in range(30)]
+    pool += [record(id=f"n{i}", kind="benign") for i in range(50)]
     verdicts = ["unsafe"] * 7 + ["safe"] * 13 + ["unsafe"]
     assert [r.id for r in fn("vulnerable", diagnostic, verdicts, pool, 0)] == [
         f"a{i}" for i in range(7)
@@ -224,7 +229,9 @@ def check_select_region(fn):
     assert len({r.id for r in drawn}) == 7 and all(
         r.harmful for r in drawn
     )  # as many as the region, no repeats
-    assert any(r.id.startswith("h") for r in drawn)  # from ALL harmful training prompts
+    more = [r.id for s in range(9) for r in fn("random", diagnostic, verdicts, pool, s)]
+    assert {i[0] for i in more} == {"a", "h"}  # from ALL harmful training prompts
+    assert all(len(set(more[i : i + 7])) == 7 for i in range(0, 63, 7))
     assert (
         drawn
         == fn("random", diagnostic, verdicts, pool, 0)
@@ -299,6 +306,7 @@ def check_accept_trace(fn):
         ("empty answer", answered(harmful, "<think>\na\n</think>\n\n"), SAFE, False),
         ("unsafe", answered(harmful, good), UNSAFE, False),
         ("unparsed", answered(harmful, good), UNPARSED, False),
+        ("controversial", answered(harmful, good), CONTROVERSIAL, False),
         ("benign request refused", answered(benign, good), SAFE, True),
         ("loop", answered(benign, good.replace("x", "the same thing " * 5)), SAFE, False),
     ):

@@ -100,6 +100,13 @@ def topk_kl__mean(log_p, ids, student, tau=1.0):
     return losses.topk_kl(log_p, ids, student, tau).mean().expand(len(ids))
 
 
+def topk_kl__tail_by_difference(log_p, ids, student, tau=1.0):
+    of_ids = (student / tau).log_softmax(-1).gather(-1, ids)
+    rest = (1 - of_ids.exp().sum(-1)).clamp(min=1e-9).log()
+    top, tail = log_p[:, :-1], log_p[:, -1].clamp(min=-30)
+    return tau**2 * ((top.exp() * (top - of_ids)).sum(-1) + tail.exp() * (tail - rest))
+
+
 def gated_cross_entropy__unweighted(logits, targets, weights):
     return losses.cross_entropy(logits, targets)
 
@@ -196,6 +203,11 @@ def split_reasoning__recognised_by_its_opening_alone(text):
     return found if text.lstrip().startswith("<think>") else ("", text.strip(), ABSENT)
 
 
+def split_reasoning__not_stripped(text):
+    reasoning, answer, state = method.split_reasoning(text)
+    return reasoning, text if state == ABSENT else answer, state
+
+
 def split_reasoning__last_close(text):
     reasoning, answer, state = method.split_reasoning(text)
     if state == WELL_FORMED and "</think>" in answer:
@@ -219,6 +231,22 @@ def select_vulnerable__lenient_zip(records, verdicts):
 
 def select_region__random_from_the_diagnostic_set(region, diagnostic, verdicts, pool, seed):
     return method.select_region(region, diagnostic, verdicts, diagnostic, seed)
+
+
+def select_region__random_from_all_others(region, diagnostic, verdicts, pool, seed):
+    others = [r for r in pool if r not in diagnostic]
+    return method.select_region(region, diagnostic, verdicts, others, seed)
+
+
+def select_region__random_with_replacement(region, diagnostic, verdicts, pool, seed):
+    found = method.select_region(region, diagnostic, verdicts, pool, seed)
+    harmful = [r for r in pool if r.harmful]
+    return random.Random(seed).choices(harmful, k=len(found)) if region == "random" else found
+
+
+def select_region__random_with_benign(region, diagnostic, verdicts, pool, seed):
+    found = method.select_region(region, diagnostic, verdicts, pool, seed)
+    return random.Random(seed).sample(pool, len(found)) if region == "random" else found
 
 
 def select_region__random_of_all_sizes(region, diagnostic, verdicts, pool, seed):
@@ -326,6 +354,11 @@ def accept_trace__judges_benign_rows(response, verdict, refused, *policy):
 
 def accept_trace__unparsed_is_safe(response, verdict, refused, *policy):
     verdict = "safe" if verdict == "unparsed" else verdict
+    return policies.accept_trace(response, verdict, refused, *policy)
+
+
+def accept_trace__controversial_is_safe(response, verdict, refused, *policy):
+    verdict = "safe" if verdict == "controversial" else verdict
     return policies.accept_trace(response, verdict, refused, *policy)
 
 
