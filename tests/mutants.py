@@ -715,8 +715,9 @@ def overhead_reduction__zero_width_for_one_group(tokens, refusal, deliberative, 
 
 def paired_difference__unpaired(values, base):
     d = scoring.paired_difference(values, base)
-    low, high = scoring.wilson_interval(sum(map(bool, values)), len(values))
-    return {**d, "low": low - sum(map(bool, base)) / len(base), "high": high}
+    p, q, n = sum(map(bool, values)) / len(values), sum(map(bool, base)) / len(base), len(values)
+    half = 1.96 * math.sqrt((p * (1 - p) + q * (1 - q)) / n)
+    return {**d, "low": p - q - half, "high": p - q + half}
 
 
 def paired_difference__third_value_is_wrong(values, base):

@@ -36,6 +36,16 @@ def test_list(capsys):
     assert lines[-2].split() == ["total", "100", str(sum(e.minutes for e in EXERCISES))]
 
 
+def test_the_readme_lists_them_in_this_order():
+    table = (ROOT / "tests/README.md").read_text()
+    starts = [f"| {e.section} | " for e in EXERCISES]
+    ends = [f"| `{e.module}.py: {e.name}` | `check_{e.key}` | {e.points}, {e.minutes} |"
+            for e in EXERCISES]
+    found = [line for line in table.split("\n") if re.search(r"` \| \d+, \d+ \|$", line)]
+    assert len(found) == len(EXERCISES)
+    assert all(line.startswith(a) and line.endswith(b) for line, a, b in zip(found, starts, ends))
+
+
 @pytest.fixture(scope="module")
 def assignment(tmp_path_factory):
     out = tmp_path_factory.mktemp("course") / "assignment"
