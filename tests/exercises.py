@@ -61,11 +61,11 @@ class Exercise(NamedTuple):
 EXERCISES = [  # in the paper's order; a check needs no function below its own
     Exercise("response_pieces", "method", "Phase 1.2", 4, 15, "The close marker is REASONING."),
     Exercise("split_reasoning", "method", "Phase 1.2", 8, 40, "Parts are stripped; the first "
-             "close counts; the markers are <think> and </think>, with any white space around."),
+             "close counts; markers are `<think>` and `</think>`, with any white space around."),
     Exercise("accept_trace", "policies", "Phase 1.2", 8, 40, "The first that holds: 'cut off'; "
              "'think block unclosed'; 'no think block'; 'empty reasoning'; 'empty answer'; "
-             "'repetition loop' (is_loop); 'names no category and no rule' (cites; BENIGN needs no "
-             "word); 'harmful request, answer judged VERDICT' (any but SAFE); "
+             "'repetition loop' (is_loop); 'names no category and no rule' (by cites, where it has "
+             "categories but BENIGN); 'harmful request, answer judged VERDICT' (all but SAFE); "
              "'benign request refused'."),
     Exercise("cross_entropy", "losses", "Phase 1.3", 4, 10, "Computed in fp32."),
     Exercise("kl_divergence", "losses", "Phase 1.3", 8, 40),
@@ -164,7 +164,7 @@ def run_check(exercise: Exercise, project: Path, seconds: int) -> str:
                                  stdin=subprocess.PIPE, stdout=output, stderr=output,
                                  start_new_session=True)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            child.communicate(token.encode(), timeout=100 + 5 * seconds)
+            child.communicate(token.encode(), timeout=60 + 10 * seconds)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
         status = child.wait()
@@ -174,7 +174,7 @@ def run_check(exercise: Exercise, project: Path, seconds: int) -> str:
     if len(said) >= OUTPUT:
         return f"prints more than {OUTPUT // 1024} KiB"
     if status in (-signal.SIGXCPU, -signal.SIGKILL):
-        return f"was ended: more than {seconds} s of CPU time, or too much memory"
+        return f"was ended: more than {seconds} s of CPU time, or {60 + 10 * seconds} s in all"
     if last == token:
         return ""
     return last if status == 0 and last else f"ends the process, status {status}"

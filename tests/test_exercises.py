@@ -111,7 +111,7 @@ WRITTEN = {  # body, and what is said of it
     "select_vulnerable": ("import sys\nsys.exit()", "SystemExit, at: .*, in: assert ids"),
     "select_region": ("import os\nos._exit(0)", "ends the process, status 0"),
     "mix": ("print('x' * 10**6)\nreturn []", "prints more than 64 KiB"),
-    "wilson_interval": ("while True:\n    pass", "was ended: more than 1 s of CPU time"),
+    "wilson_interval": ("while True:\n    pass", "was ended: more than 3 s of CPU time"),
     "overhead_reduction": ("return [0] * 10**10", "MemoryError, at: return"),
     "not_opening": ("return logits + unknown", "NameError: name 'unknown' is not defined, at: .*"),
     "rotate": ("return x", "AssertionError, in: assert found.shape == x.shape and torch.allclose"),
@@ -130,7 +130,7 @@ def test_a_wrong_solution_costs_its_own_points_only(assignment, tmp_path):
         "RMSNorm.forward": "NotImplementedError: exercise RMSNorm.forward: write its body here",
         "cross_entropy": r"ease/losses.py:\d+: invalid syntax",
         "LoRALinear.forward": "ease/lora.py: .*No such file"}
-    found = grade(folder, [NAMED[name] for name in said], seconds=1)
+    found = grade(folder, [NAMED[name] for name in said], seconds=3)
     assert (found["points"], found["of"]) == (4, sum(NAMED[name].points for name in said))
     for row, (name, why) in zip(found["exercises"], said.items(), strict=True):
         assert row["name"] == name and row["points"] == (0 if why else row["of"])

@@ -26,8 +26,9 @@ def trained(seed=0, targets=TARGETS, **changes):
     return model
 
 
-def test_forward():
-    verify(lora, "LoRALinear.forward")
+@pytest.mark.parametrize("name", ["LoRALinear.forward"])
+def test_lora(name):
+    verify(lora, name)
 
 
 def test_delta_is_the_update():
