@@ -10,6 +10,7 @@ import random
 import re
 import xml.etree.ElementTree as ET
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from types import ModuleType, SimpleNamespace
@@ -19,11 +20,13 @@ import pytest
 import torch
 
 import evaluate
-from ease import generate, losses, prefill, systems
+from ease import generate, losses, prefill, scoring, systems
 from ease.batching import Example, encode_record
 from ease.contest import Candidate
 from ease.generate import Generation, Sampling
+from ease.lora import LoRALinear
 from ease.method import ANSWER, GATE, REASONING, split_reasoning
+from ease.model import KVCache, RMSNorm, rope_frequencies, rope_tables
 from ease.policies import Policy
 from ease.records import (ABSENT, CONTROVERSIAL, SAFE, UNCLOSED, UNPARSED, UNSAFE, WELL_FORMED,
                           Record, Response)
@@ -34,10 +37,13 @@ from tests.tiny import TOKENIZER, tiny_folder, tiny_model
 
 
 def verify(module: ModuleType, name: str) -> None:
-    """The check accepts the real function and rejects every mutant (there is at least one)."""
-    check = globals()[f"check_{name}"]
-    check(getattr(module, name))
-    wrong = [fn for key, fn in vars(mutants).items() if key.startswith(f"{name}__")]
+    """The check accepts the real function and rejects every mutant (there is at least one). A
+    method is "Class.method", its check and mutants are Class_method.
+    """
+    key = name.replace(".", "_")
+    check = globals()[f"check_{key}"]
+    check(attrgetter(name)(module))
+    wrong = [fn for found, fn in vars(mutants).items() if found.startswith(f"{key}__")]
     assert wrong, f"no mutant of {name}"
     for fn in wrong:
         with pytest.raises(AssertionError):
@@ -133,6 +139,10 @@ def check_topk_kl(fn):
         full.sum().backward()  # k = V is the full KL, gradient included
         assert torch.allclose(last, full, atol=1e-5)
         assert torch.allclose(gradient, student.grad, atol=1e-5)
+    # a tail of the student that 1 - q would lose in fp32
+    sharp = student.detach().scatter_add(-1, teacher.argmax(-1, True), torch.full((5, 1), 40.0))
+    wanted = reference.topk_kl(teacher.tolist(), sharp.tolist(), 2, 1.0)
+    assert per_token(fn(*losses.topk_log_probabilities(teacher, 2), sharp), wanted)
     same = losses.topk_log_probabilities(teacher, 3)
     assert per_token(fn(*same, teacher), [0.0] * 5)
 
@@ -189,7 +199,7 @@ def check_split_reasoning(fn):
         "well_formed",
     )  # the first close counts
     assert fn("<think>\n\n</think>\n\nb") == ("", "b", "well_formed")
-    assert fn("") == ("", "", "absent")
+    assert fn("") == ("", "", "absent") and fn(" b\n") == ("", "b", "absent")
 
 
 FOUR = [
@@ -207,7 +217,7 @@ def check_select_vulnerable(fn):
     ]  # benign is never vulnerable
     assert ids("safe", "safe", "unsafe", "safe") == ["harmful"]
     assert ids("unparsed", "unsafe", "safe", "unparsed") == []  # unparsed is not unsafe
-    assert "ValueError" in error_of(fn, FOUR, ["unsafe"])  # one verdict a record
+    assert error_of(fn, FOUR, ["unsafe"])  # one verdict a record
 
 
 def check_select_region(fn):
@@ -215,6 +225,7 @@ def check_select_region(fn):
         record(id="b", kind="adversarial_benign")
     ]
     pool = diagnostic + [record(id=f"h{i}") for i in range(30)]
+    pool += [record(id=f"n{i}", kind="benign") for i in range(50)]
     verdicts = ["unsafe"] * 7 + ["safe"] * 13 + ["unsafe"]
     assert [r.id for r in fn("vulnerable", diagnostic, verdicts, pool, 0)] == [
         f"a{i}" for i in range(7)
@@ -224,7 +235,9 @@ def check_select_region(fn):
     assert len({r.id for r in drawn}) == 7 and all(
         r.harmful for r in drawn
     )  # as many as the region, no repeats
-    assert any(r.id.startswith("h") for r in drawn)  # from ALL harmful training prompts
+    more = [r.id for s in range(9) for r in fn("random", diagnostic, verdicts, pool, s)]
+    assert {i[0] for i in more} == {"a", "h"}  # from ALL harmful training prompts
+    assert all(len(set(more[i : i + 7])) == 7 for i in range(0, 63, 7))
     assert (
         drawn
         == fn("random", diagnostic, verdicts, pool, 0)
@@ -261,10 +274,13 @@ def check_mix(fn):
         len({i for i in ids if i[0] == "b"}) == 5 == len(ids) - 30
     )  # a count: that many, without replacement
     assert any(ids[i][0] == "b" for i in range(30))  # shuffled, not one group after the other
+    drawn = [{r.id for r in fn(groups, {"a": 0, "b": 5}, s) if r.id[0] == "b"} for s in (0, 1)]
+    assert drawn[0] != drawn[1] and len(fn(groups, {"a": 0, "b": 5}, 0)) == 35  # 0: all
     assert ids == [r.id for r in fn(groups, {"b": 5}, 0)] and ids != [
         r.id for r in fn(groups, {"b": 5}, 1)
     ]
-    assert "21 b" in error_of(fn, groups, {"b": 21}, 0)  # a count above the group's size
+    said = error_of(fn, groups, {"b": 21}, 0)  # a count above the group's size
+    assert re.search(r"^UserError.*\b21\b", said) and re.search(r"\bb\b", said), said
 
 
 def check_overlap(fn):
@@ -312,6 +328,7 @@ def check_accept_trace(fn):
         ("empty answer", answered(harmful, "<think>\na\n</think>\n\n"), SAFE, False),
         ("unsafe", answered(harmful, good), UNSAFE, False),
         ("unparsed", answered(harmful, good), UNPARSED, False),
+        ("controversial", answered(harmful, good), CONTROVERSIAL, False),
         ("benign request refused", answered(benign, good), SAFE, True),
         ("loop", answered(benign, good.replace("x", "the same thing " * 5)), SAFE, False),
     ):
@@ -390,7 +407,7 @@ def check_wilson_interval(fn):
 def check_rate(fn):
     r = fn([True, False, None, True], ["a", "b", "c", "d"])
     assert close(r.value, 2 / 3) and r.n == 3 and r.unparsed == 1  # the third value is in no rate
-    assert close(r.low, reference.wilson_interval(2, 3)[0])
+    assert close(r.low, scoring.wilson_interval(2, 3)[0])
     one = fn([True, False], ["g", "g"])
     assert (one.value, one.low, one.high) == (0.5, 0, 1)  # one group: no spread is known
     two = fn([True] * 10 + [False] * 10, ["a"] * 10 + ["b"] * 10)
@@ -398,9 +415,9 @@ def check_rate(fn):
     alike = fn([True, False] * 10, ["a"] * 10 + ["b"] * 10)
     assert alike.low < 0.1 and alike.high > 0.9  # that two groups agree is no proof of a spread
     same = fn([False] * 20, [f"g{i // 2}" for i in range(20)])
-    assert close(same.low, 0) and close(same.high, reference.wilson_interval(0, 10)[1])
+    assert close(same.low, 0) and close(same.high, scoring.wilson_interval(0, 10)[1])
     same = fn([True] * 20, [f"g{i // 2}" for i in range(20)])
-    assert close(same.low, reference.wilson_interval(10, 10)[0])
+    assert close(same.low, scoring.wilson_interval(10, 10)[0])
     # independent rows in groups of two: nearly as wide as single ones, never narrower
     values = [random.Random(i).random() < 0.3 for i in range(400)]
     pairs, single = (
@@ -463,8 +480,14 @@ def check_overhead_reduction(fn):
     assert 0.8 < spread["low"] < 0.9 < spread["high"] < 1
     # the same prompts in ten groups that differ: less is known
     steps = [x + 10 * (i // 6 % 2) for i, x in enumerate(lengths)]
-    grouped = fn(steps, lengths, longest, [str(i // 6) for i in range(60)])
+    tens = [i // 6 for i in range(60)]
+    grouped = fn(steps, lengths, longest, list(map(str, tens)))
     assert grouped["high"] - grouped["low"] > 2 * (spread["high"] - spread["low"])
+    longest = [x + 50 - i % 7 for i, x in enumerate(lengths)]
+    wanted = reference.overhead_reduction(steps, lengths, longest, tens, 2.26216)  # t, 9 degrees
+    found = fn(steps, lengths, longest, list(map(str, tens)))
+    assert all(close(found[k], w, 1e-4) for k, w in zip(("value", "low", "high"), wanted))
+    assert found["n"] == 60
 
 
 def check_paired_difference(fn):
@@ -626,12 +649,86 @@ def check_encode_item(fn):
 
 
 # ------------------------------------------------------------------------------------------ tensors
-def check_merge_delta(fn):
-    """fn(W, A, B, rank, alpha, x) -> the adapted layer's output."""
-    generator = torch.Generator().manual_seed(3)
-    W, A, B, x = (torch.randn(*s, generator=generator) for s in ((5, 7), (3, 7), (5, 3), (7,)))
-    wanted = reference.lora(W.tolist(), A.tolist(), B.tolist(), 6 / 3, x.tolist())
-    assert torch.allclose(fn(W, A, B, 3, 6.0, x), torch.tensor(wanted), atol=1e-5)
+def normal(*shape: int, seed: int = 3) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def check_LoRALinear_forward(fn):
+    """fn(layer, x), row by row; B is not zero."""
+    for rank, scale, biased in ((3, 2.0, True), (1, 0.75, True), (2, 1.5, False)):
+        layer = LoRALinear(torch.nn.Linear(7, 5, bias=biased), rank, scale)
+        for i, p in enumerate(layer.parameters()):
+            p.data.copy_(normal(*p.shape, seed=i))
+        W, A, B = (w.tolist() for w in (layer.weight, layer.lora_A.weight, layer.lora_B.weight))
+        b, x = layer.bias.tolist() if biased else [0.0] * 5, normal(2, 4, 7)
+        wanted = [[reference.LoRALinear_forward(W, A, B, b, scale, row.tolist()) for row in rows]
+                  for rows in x]
+        found = fn(layer, x)
+        assert found.shape == (2, 4, 5) and torch.allclose(found, torch.tensor(wanted), atol=1e-5)
+        found.sum().backward()
+        assert all(p.weight.grad is not None for p in (layer.lora_A, layer.lora_B))
+    half = LoRALinear(torch.nn.Linear(7, 5).bfloat16(), 2, 1.5)  # A and B stay in fp32
+    found = fn(half, normal(3, 7).bfloat16())
+    assert found.dtype == torch.bfloat16 and half.lora_A.weight.dtype == torch.float32
+
+
+def check_RMSNorm_forward(fn):
+    """fn(norm, x), row by row."""
+    norm = RMSNorm(6, 1e-5)
+    norm.weight.data.copy_(normal(6) + 1)
+    for size in (1.0, 100.0, 1e-3):  # a small row is where eps counts
+        x = size * (normal(2, 3, 6, seed=1) + 0.5)
+        wanted = [[reference.RMSNorm_forward(row.tolist(), norm.weight.tolist(), 1e-5)
+                   for row in rows] for rows in x]
+        found = fn(norm, x)
+        assert found.shape == x.shape and torch.allclose(found, torch.tensor(wanted), atol=1e-5)
+    found.sum().backward()
+    assert norm.weight.grad is not None
+    large, half = 300 * normal(4, 6), RMSNorm(6, 1e-5).half()
+    found = fn(half, large.half())  # squares beyond fp16's 65504
+    assert found.dtype == torch.float16
+    assert torch.allclose(found.float(), large / large.pow(2).mean(-1, True).sqrt(), atol=1e-2)
+
+
+def check_rotate(fn):
+    """Pair (x_i, x_{i+d/2}) as a complex number, turned by position * theta^(-2i/d)."""
+    def turned(x: torch.Tensor, positions: list[int]) -> torch.Tensor:
+        frequencies = rope_frequencies({"rope_type": "default", "rope_theta": 5000.0}, 8, "cpu")
+        return fn(x, *rope_tables(torch.tensor(positions), frequencies, x.dtype))
+
+    positions, x = [0, 1, 5, 30], normal(4, 3, 8)
+    before, found = x.clone(), turned(x, positions)
+    wanted = reference.rotate(x.tolist(), positions, 5000.0)
+    assert found.shape == x.shape and torch.allclose(found, torch.tensor(wanted), atol=1e-5)
+    assert torch.equal(x, before)  # the caller's x stays
+    assert torch.allclose(found[0], x[0], atol=1e-5)  # position 0: nothing turns
+    q, k = normal(1, 3, 8, seed=1).expand(4, 3, 8), normal(1, 3, 8, seed=2).expand(4, 3, 8)
+    products = (turned(q, [9, 12, 20, 40]) * turned(k, [2, 5, 13, 33])).sum(-1)
+    assert torch.allclose(products, products[:1], atol=1e-4)  # the distance alone counts
+    assert turned(x.bfloat16(), positions).dtype == torch.bfloat16
+
+
+def check_prefill(fn):
+    """Unequal rows, against the whole sequence without a cache; then what the cache holds."""
+    model, first = tiny_model(vocab_size=53), 1
+    for marker in ([7, 3, 11], [4], []):
+        prompts = [[(7 * i + j * j) % 53 for j in range(n)] for i, n in enumerate((7, 3, 5))]
+        asked, m = [list(p) for p in prompts], len(marker)
+        cache = KVCache(model.config, 5, 20, torch.float32, torch.device("cpu"))
+        for kept in (*cache.k, *cache.v):
+            kept.fill_(9.0)  # what an earlier row left behind
+        found = fn(model, cache, asked, first, list(marker))
+        assert found.shape == (3, m + 1, 53) and found.dtype == torch.float32
+        assert asked == prompts  # the caller's lists stay
+        for row, p in zip(found, prompts):  # behind the prompt and behind each marker token
+            full = model(torch.tensor([p + marker]))[0]
+            assert torch.allclose(row, full[len(p) - 1 :], atol=1e-4)
+        assert all((kept[[0, 4]] == 9).all() for kept in (*cache.k, *cache.v))  # not its slots
+        for slot, p in enumerate(prompts, start=first):  # a row goes on behind the marker, or not
+            for before in (p + marker, p):
+                said = model.last_logits([[20]], cache=cache, first=slot, starts=[len(before)])
+                wanted = model(torch.tensor([[*before, 20]]))[0, -1]
+                assert torch.allclose(said[0, 0], wanted, atol=1e-4)
 
 
 def check_collate(fn):

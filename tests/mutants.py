@@ -102,6 +102,13 @@ def topk_kl__mean(log_p, ids, student, tau=1.0):
     return losses.topk_kl(log_p, ids, student, tau).mean().expand(len(ids))
 
 
+def topk_kl__tail_by_difference(log_p, ids, student, tau=1.0):
+    of_ids = (student / tau).log_softmax(-1).gather(-1, ids)
+    rest = (1 - of_ids.exp().sum(-1)).clamp(min=1e-9).log()
+    top, tail = log_p[:, :-1], log_p[:, -1].clamp(min=-30)
+    return tau**2 * ((top.exp() * (top - of_ids)).sum(-1) + tail.exp() * (tail - rest))
+
+
 def gated_cross_entropy__unweighted(logits, targets, weights):
     return losses.cross_entropy(logits, targets)
 
@@ -150,6 +157,23 @@ def response_pieces__one_string(record):
     )
 
 
+def response_pieces__close_marker_is_answer(record):
+    return [(text, ANSWER if text.startswith("\n</think>") else role)
+            for text, role in method.response_pieces(record)]
+
+
+def response_pieces__no_markers(record):
+    pieces = method.response_pieces(record)
+    return [pieces[1], pieces[3]] if len(pieces) == 4 else pieces
+
+
+def response_pieces__empty_block(record):
+    """A think block that says nothing, where there is no reasoning."""
+    found = method.response_pieces(record)
+    return found if record.reasoning else [
+        ("<think>\n", GATE), ("\n</think>\n\n", REASONING), *found]
+
+
 def split_reasoning__anywhere(text):
     before, opened, rest = text.partition("<think>")
     if not opened:
@@ -179,6 +203,11 @@ def split_reasoning__unclosed_is_an_answer(text):
 def split_reasoning__recognised_by_its_opening_alone(text):
     found = method.split_reasoning(text)
     return found if text.lstrip().startswith("<think>") else ("", text.strip(), ABSENT)
+
+
+def split_reasoning__not_stripped(text):
+    reasoning, answer, state = method.split_reasoning(text)
+    return reasoning, text if state == ABSENT else answer, state
 
 
 def split_reasoning__last_close(text):
@@ -233,6 +262,22 @@ def select_region__random_from_the_diagnostic_set(region, diagnostic, verdicts, 
     return method.select_region(region, diagnostic, verdicts, diagnostic, seed)
 
 
+def select_region__random_from_all_others(region, diagnostic, verdicts, pool, seed):
+    others = [r for r in pool if r not in diagnostic]
+    return method.select_region(region, diagnostic, verdicts, others, seed)
+
+
+def select_region__random_with_replacement(region, diagnostic, verdicts, pool, seed):
+    found = method.select_region(region, diagnostic, verdicts, pool, seed)
+    harmful = [r for r in pool if r.harmful]
+    return random.Random(seed).choices(harmful, k=len(found)) if region == "random" else found
+
+
+def select_region__random_with_benign(region, diagnostic, verdicts, pool, seed):
+    found = method.select_region(region, diagnostic, verdicts, pool, seed)
+    return random.Random(seed).sample(pool, len(found)) if region == "random" else found
+
+
 def select_region__random_of_all_sizes(region, diagnostic, verdicts, pool, seed):
     return (
         [r for r in pool if r.harmful]
@@ -266,6 +311,18 @@ def mix__not_shuffled(groups, counts, seed):
         for name, rs in groups.items()
         for r in random.Random(seed).sample(rs, counts.get(name) or len(rs))
     ]
+
+
+def mix__the_first_ones(groups, counts, seed):
+    out = [r for name, rs in groups.items() for r in rs[: counts.get(name) or len(rs)]]
+    if any(n > len(groups[name]) for name, n in counts.items()):
+        return method.mix(groups, counts, seed)
+    random.Random(seed).shuffle(out)
+    return out
+
+
+def mix__zero_is_none(groups, counts, seed):
+    return method.mix({n: rs for n, rs in groups.items() if counts.get(n) != 0}, counts, seed)
 
 
 def mix__too_few_is_silent(groups, counts, seed):
@@ -326,6 +383,11 @@ def accept_trace__judges_benign_rows(response, verdict, refused, *policy):
 
 def accept_trace__unparsed_is_safe(response, verdict, refused, *policy):
     verdict = "safe" if verdict == "unparsed" else verdict
+    return policies.accept_trace(response, verdict, refused, *policy)
+
+
+def accept_trace__controversial_is_safe(response, verdict, refused, *policy):
+    verdict = "safe" if verdict == "controversial" else verdict
     return policies.accept_trace(response, verdict, refused, *policy)
 
 
@@ -435,6 +497,24 @@ def wilson_interval__normal_approximation(hits, n):
 def wilson_interval__one_sided(hits, n):
     scale = (1.96 / 1.645) ** 2
     return scoring.wilson_interval(hits * scale, n * scale)
+
+
+def wilson_interval__centred_on_p(hits, n):
+    low, high = scoring.wilson_interval(hits, n)
+    p, half = hits / n if n else 0.5, (high - low) / 2
+    return max(0.0, p - half), min(1.0, p + half)
+
+
+def wilson_interval__variance_not_root(hits, n):
+    if n == 0:
+        return 0.0, 1.0
+    p, z = hits / n, 1.96
+    centre, half = p + z * z / 2 / n, z * (p * (1 - p) / n + z * z / 4 / n**2)
+    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+
+
+def wilson_interval__nothing_is_zero(hits, n):
+    return scoring.wilson_interval(hits, n) if n else (0.0, 0.0)
 
 
 def rate__third_value_is_a_miss(values, groups):
@@ -642,6 +722,21 @@ def overhead_reduction__ignores_groups(tokens, refusal, deliberative, groups):
     return scoring.overhead_reduction(tokens, refusal, deliberative, rows)
 
 
+def overhead_reduction__normal_quantile(tokens, refusal, deliberative, groups):
+    """z for t: too narrow, the more the fewer the groups."""
+    r, G = scoring.overhead_reduction(tokens, refusal, deliberative, groups), len(set(groups))
+    if r is None or r["low"] is None:
+        return r
+    half = (r["high"] - r["value"]) * 1.96 / scoring.t_quantile(G - 1)
+    return {**r, "low": r["value"] - half, "high": r["value"] + half}
+
+
+def overhead_reduction__mean_of_ratios(tokens, refusal, deliberative, groups):
+    r = scoring.overhead_reduction(tokens, refusal, deliberative, groups)
+    ratios = [(t - f) / (d - f) for t, f, d in zip(tokens, refusal, deliberative) if d > f]
+    return r and {**r, "value": 1 - sum(ratios) / len(ratios)}
+
+
 def overhead_reduction__zero_width_for_one_group(tokens, refusal, deliberative, groups):
     r = scoring.overhead_reduction(tokens, refusal, deliberative, groups)
     return r and {**r, **({"low": r["value"], "high": r["value"]} if r["low"] is None else {})}
@@ -764,8 +859,9 @@ def answers__the_model_decides(cfg, file, system, records, place, threshold, alo
 
 def paired_difference__unpaired(values, base):
     d = scoring.paired_difference(values, base)
-    low, high = scoring.wilson_interval(sum(map(bool, values)), len(values))
-    return {**d, "low": low - sum(map(bool, base)) / len(base), "high": high}
+    p, q, n = sum(map(bool, values)) / len(values), sum(map(bool, base)) / len(base), len(values)
+    half = 1.96 * math.sqrt((p * (1 - p) + q * (1 - q)) / n)
+    return {**d, "low": p - q - half, "high": p - q + half}
 
 
 def paired_difference__third_value_is_wrong(values, base):
@@ -854,13 +950,125 @@ def encode_item__the_policy_forgotten(tokenizer, item, raw, messages=None):
 
 
 # tensors
-def merge_delta__scale_without_rank(W, A, B, rank, alpha, x):
+def update(layer, x):
+    return layer.lora_B(layer.lora_A(x.float())).to(x.dtype)
+
+
+def LoRALinear_forward__scale_without_rank(layer, x):
     """LLMs-from-scratch #821: the scale lacked 1/rank, and B = 0 hid it from the tests."""
-    return (W + alpha * B @ A) @ x
+    return F.linear(x, layer.weight, layer.bias) + layer.scale * len(
+        layer.lora_A.weight) * update(layer, x)
 
 
-def merge_delta__square_root_of_rank(W, A, B, rank, alpha, x):
-    return (W + alpha / rank**0.5 * B @ A) @ x
+def LoRALinear_forward__no_scale(layer, x):
+    return F.linear(x, layer.weight, layer.bias) + update(layer, x)
+
+
+def LoRALinear_forward__no_bias(layer, x):
+    return F.linear(x, layer.weight) + layer.scale * update(layer, x)
+
+
+def LoRALinear_forward__scales_the_base_too(layer, x):
+    return layer.scale * (F.linear(x, layer.weight, layer.bias) + update(layer, x))
+
+
+def LoRALinear_forward__not_trained(layer, x):
+    return F.linear(x, layer.weight + layer.delta().detach().to(x.dtype), layer.bias)
+
+
+def LoRALinear_forward__in_fp32(layer, x):
+    bias = None if layer.bias is None else layer.bias.float()
+    return F.linear(x.float(), layer.weight.float() + layer.delta(), bias)
+
+
+def RMSNorm_forward__layer_norm(norm, x):
+    return norm.weight * F.layer_norm(x.float(), x.shape[-1:], eps=norm.eps).to(x.dtype)
+
+
+def RMSNorm_forward__sum_for_mean(norm, x):
+    size = (x.float().pow(2).sum(-1, keepdim=True) + norm.eps).sqrt()
+    return norm.weight * (x.float() / size).to(x.dtype)
+
+
+def RMSNorm_forward__eps_outside_the_root(norm, x):
+    size = x.float().pow(2).mean(-1, keepdim=True).sqrt() + norm.eps
+    return norm.weight * (x.float() / size).to(x.dtype)
+
+
+def RMSNorm_forward__mean_over_everything(norm, x):
+    return norm.weight * (x.float() / (x.float().pow(2).mean() + norm.eps).sqrt()).to(x.dtype)
+
+
+def RMSNorm_forward__one_plus_weight(norm, x):
+    """Gemma's."""
+    return (1 + norm.weight) * F.rms_norm(x.float(), x.shape[-1:], eps=norm.eps).to(x.dtype)
+
+
+def RMSNorm_forward__in_half_precision(norm, x):
+    return norm.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.eps))
+
+
+def RMSNorm_forward__returns_fp32(norm, x):
+    return norm.weight * F.rms_norm(x.float(), x.shape[-1:], eps=norm.eps)
+
+
+def rotate__neighbours_are_pairs(x, cos, sin):
+    """The layout of GPT-J and of Meta's own Llama files."""
+    return x * cos + torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2) * sin
+
+
+def rotate__backwards(x, cos, sin):
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((second, -first), -1) * sin
+
+
+def rotate__no_minus(x, cos, sin):
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((second, first), -1) * sin
+
+
+def rotate__swaps_the_tables(x, cos, sin):
+    first, second = x.chunk(2, -1)
+    return x * sin + torch.cat((-second, first), -1) * cos
+
+
+def rotate__in_place(x, cos, sin):
+    first, second = x.clone().chunk(2, -1)
+    return x.mul_(cos).add_(torch.cat((-second, first), -1) * sin)
+
+
+def prefill__no_marker(model, cache, prompts, first, marker):
+    logits = model.last_logits(prompts, 1, cache=cache, first=first)
+    return logits.expand(-1, len(marker) + 1, -1)
+
+
+def prefill__marker_in_front(model, cache, prompts, first, marker):
+    rows = [marker + p for p in prompts]
+    return model.last_logits(rows, len(marker) + 1, cache=cache, first=first)
+
+
+def prefill__one_position_early(model, cache, prompts, first, marker):
+    rows = [p + marker for p in prompts]
+    return model.last_logits(rows, len(marker) + 2, cache=cache, first=first)[:, :-1]
+
+
+def prefill__slots_from_0(model, cache, prompts, first, marker):
+    return model.last_logits([p + marker for p in prompts], len(marker) + 1, cache=cache)
+
+
+def prefill__without_the_cache(model, cache, prompts, first, marker):
+    return model.last_logits([p + marker for p in prompts], len(marker) + 1)
+
+
+def prefill__longest_first(model, cache, prompts, first, marker):
+    rows = sorted((p + marker for p in prompts), key=len, reverse=True)
+    return model.last_logits(rows, len(marker) + 1, cache=cache, first=first)
+
+
+def prefill__extends_the_prompts(model, cache, prompts, first, marker):
+    for p in prompts:
+        p += marker
+    return model.last_logits(prompts, len(marker) + 1, cache=cache, first=first)
 
 
 def collate__no_shift(examples, device):

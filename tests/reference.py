@@ -2,6 +2,7 @@
 formulas, not from the code.
 """
 
+import cmath
 import itertools
 import math
 
@@ -59,6 +60,18 @@ def wilson_interval(hits: int, n: int) -> tuple[float, float]:
     return bisect(0.0, observed) if hits else 0.0, bisect(1.0, observed) if hits < n else 1.0
 
 
+def overhead_reduction(tokens: list[float], refusal: list[float], deliberative: list[float],
+                       groups: list[int], t: float) -> list[float]:
+    """[value, low, high], group by group."""
+    G = max(groups) + 1
+    x, y = [0.0] * G, [0.0] * G
+    for a, b, c, g in zip(tokens, refusal, deliberative, groups):
+        x[g], y[g] = x[g] + a - b, y[g] + c - b
+    ratio = sum(x) / sum(y)
+    variance = G / (G - 1) * sum((x[g] - ratio * y[g]) ** 2 for g in range(G)) / sum(y) ** 2
+    return [1 - ratio, 1 - ratio - t * math.sqrt(variance), 1 - ratio + t * math.sqrt(variance)]
+
+
 def sign_flip_test(differences: list[float], groups: list[str]) -> float:
     """All 2^G flips, one by one."""
     names, n, far = sorted(set(groups)), 0, 0
@@ -69,14 +82,29 @@ def sign_flip_test(differences: list[float], groups: list[str]) -> float:
     return far / n
 
 
-def lora(
-    W: list[list[float]], A: list[list[float]], B: list[list[float]], scale: float, x: list[float]
-) -> list[float]:
+def LoRALinear_forward(W: list[list[float]], A: list[list[float]], B: list[list[float]],
+                       b: list[float], scale: float, x: list[float]) -> list[float]:
     hidden = [sum(a * v for a, v in zip(row, x)) for row in A]
-    return [
-        sum(w * v for w, v in zip(W[i], x)) + scale * sum(b * h for b, h in zip(B[i], hidden))
-        for i in range(len(W))
-    ]
+    return [sum(w * v for w, v in zip(W[i], x)) + b[i]
+            + scale * sum(c * h for c, h in zip(B[i], hidden)) for i in range(len(W))]
+
+
+def RMSNorm_forward(x: list[float], weight: list[float], eps: float) -> list[float]:
+    size = math.sqrt(sum(v * v for v in x) / len(x) + eps)
+    return [w * v / size for w, v in zip(weight, x)]
+
+
+def rotate(x: list[list[list[float]]], positions: list[int], theta: float
+           ) -> list[list[list[float]]]:
+    out = []
+    for heads, position in zip(x, positions):
+        out.append([])
+        for head in heads:
+            d = len(head)
+            turned = [complex(head[i], head[i + d // 2])
+                      * cmath.exp(1j * position * theta ** (-2 * i / d)) for i in range(d // 2)]
+            out[-1].append([z.real for z in turned] + [z.imag for z in turned])
+    return out
 
 
 def undo(family: str, fragment: str) -> str:

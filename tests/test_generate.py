@@ -48,8 +48,9 @@ def test_prefills_of_any_size_change_nothing(monkeypatch, tokens):
     assert all(n == 1 or n * longest <= tokens for n, longest in sizes)
 
 
-def test_sample():
-    verify(module, "sample")
+@pytest.mark.parametrize("name", ["sample", "prefill"])
+def test_generate(name):
+    verify(module, name)
 
 
 @pytest.mark.parametrize("slots", [1, 4, 64])

@@ -1,11 +1,18 @@
 import pytest
 import torch
 
+from ease import model as module
 from ease.model import KVCache, rope_frequencies, linear
 from ease.records import UserError
+from tests.checks import verify
 from tests.tiny import VOCAB, tiny_model
 
 IDS = torch.randint(0, VOCAB, (3, 17), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", ["RMSNorm.forward", "rotate"])
+def test_model(name):
+    verify(module, name)
 
 
 @pytest.mark.parametrize("kind, changes, context", [
