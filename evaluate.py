@@ -186,7 +186,6 @@ def answers(cfg: Config, file: Path, system: System, records: list[Record], plac
     prefill.forced_ids. alone: one at a time.
     """
     if not file.exists() and not cfg.score_only:
-        kept = file.with_suffix(".kept")
         if system.outputs:
             responses = read_outputs(system.outputs, records, load_tokenizer(cfg.tokenizer))
         else:
@@ -198,11 +197,10 @@ def answers(cfg: Config, file: Path, system: System, records: list[Record], plac
             if alone:  # untimed: what is done only once
                 respond(model, tokenizer, records[:1], sampling, 1, *settings)
             responses = respond(model, tokenizer, records, sampling, 1 if alone else cfg.slots,
-                                *settings, kept, forced)
+                                *settings, file.with_suffix(".kept"), forced)
         if not begun:  # by then the process has held a judge
             log(file.parent, peak_gib=round(peak_memory() / 2**30, 2))
         write_jsonl(file, map(response_to_dict, responses))
-        kept.unlink(missing_ok=True)
     return read_responses(file)
 
 

@@ -90,7 +90,7 @@ def run(script, cfg, deaths: tuple[str, ...] = ()) -> None:
     """The command, killed at each of these writes in turn and started again; at last to its end."""
     command = [f"{script.__name__}.py", *flags_of(cfg)]
     for path in (*deaths, ""):
-        how = ["-m", "tests.killed", path] if path else []
+        how = ["-m", "tests.kills", path] if path else []
         found = subprocess.run([sys.executable, *how, *command], cwd=ROOT, capture_output=True,
                                text=True, check=False)
         wanted = -signal.SIGKILL if path else 0
