@@ -174,7 +174,7 @@ def differences(a: Path, b: Path) -> list[str]:
 
 
 def stages(folder: Path) -> dict[str, tuple]:
-    """{file: (inode, time of its last change)} of what must not be made again, and the kept rows."""
+    """{file: (inode, time of change)} of what must not be made again; the kept rows."""
     names = ("traces.jsonl", "categories.jsonl", "probe*.jsonl", "rows-*.jsonl", "tasks-*.jsonl",
              "done", "world.json")
     files = [p for name in names for p in folder.rglob(name) if ".part/" not in str(p)]
@@ -384,8 +384,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(args.work or temporary).resolve()
         whole = work / "whole-recipe"
-        again = [str(Path(__file__).relative_to(ROOT)).removesuffix(".py").replace("/", ".")]
-        line = ["-m", *again, "recipe"]
+        line = ["-m", "tests.kills", "recipe"]
         took = {"recipe": unbroken([*line, str(whole)], whole)}
         commands, fine = scripts(whole / "world", whole / "runs"), []
         for name, command in commands.items():

@@ -2,8 +2,10 @@
 published code.
 """
 
+import fcntl
 import itertools
 import math
+import os
 import random
 import re
 from collections import Counter
@@ -11,14 +13,15 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save, save_file
 
 import evaluate
-from ease import (attacks, batching, compare, contest, judge, losses, method, optim, outputs, page,
-                  policies, prefill, records, report, respond, scoring, sweep, tasks)
+from ease import (attacks, batching, compare, contest, judge, lora, losses, method, optim, outputs,
+                  page, policies, prefill, records, report, respond, scoring, sweep, tasks)
 from ease.batching import Batch, Example
 from ease.method import ABSENT, ANSWER, GATE, REASONING, UNCLOSED, WELL_FORMED
 from ease.generate import sample
-from ease.records import CONTROVERSIAL, SAFE, UNPARSED, UNSAFE
+from ease.records import CONTROVERSIAL, SAFE, UNPARSED, UNSAFE, UserError
 from tests.tiny import TOKENIZER
 
 
@@ -1496,3 +1499,74 @@ def prefilled__unknown_is_0(rows):
 
 def prefilled__no_table(rows):
     return drawn(rows).partition("</table>")[2]
+
+
+# files and folders
+def hold__nothing(run):
+    run.mkdir(parents=True, exist_ok=True)
+
+
+def hold__by_a_file_that_outlives_the_process(run):
+    if (run / "lock").exists() and (run / "lock").read_text() != str(os.getpid()):
+        raise UserError(f"{run}: another process is at work on this run")
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "lock").write_text(str(os.getpid()))
+
+
+def hold__let_go_at_once(run):
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / "lock", "w") as f:
+        try:
+            fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{run}: another process is at work on this run") from None
+
+
+def hold__against_the_process_itself(run):
+    run.mkdir(parents=True, exist_ok=True)
+    try:
+        fcntl.flock(os.open(run / "lock", os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"{run}: another process is at work on this run") from None
+
+
+def hold__needs_a_file_system_with_locks(run):
+    run.mkdir(parents=True, exist_ok=True)
+    try:
+        fcntl.lockf(os.open(run / "lock", os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"{run}: another process is at work on this run") from None
+
+
+def put__names_no_file(path, text, mode="a"):
+    with open(path, mode, encoding="utf-8") as f:
+        f.write(text)
+
+
+def put__always_anew(path, text, mode="a"):
+    records.put(path, text, "w")
+
+
+def save_tensors__in_place(tensors, file, **metadata):
+    try:
+        file.write_bytes(save({k: v.contiguous() for k, v in tensors.items()},
+                              metadata or {"format": "pt"}))
+    except OSError as e:
+        raise UserError(f"{file}: {e}") from None
+
+
+def save_tensors__names_no_file(tensors, file, **metadata):
+    save_file({k: v.contiguous() for k, v in tensors.items()}, file, metadata or {"format": "pt"})
+
+
+def save_tensors__without_metadata(tensors, file, **metadata):
+    lora.save_tensors(tensors, file)
+
+
+def save_tensors__leaves_the_dead(tensors, file, **metadata):
+    try:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, f"{file}.part",
+                  metadata or {"format": "pt"})
+    except Exception as e:
+        raise UserError(f"{file}: {e}") from None
+    os.replace(f"{file}.part", file)

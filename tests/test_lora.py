@@ -10,7 +10,7 @@ from torch import nn
 from ease import lora
 from ease.lora import LoRALinear, add_lora, load_adapter, lora_state, merge_lora, save_adapter
 from ease.records import UserError
-from tests.checks import check_merge_delta
+from tests.checks import check_merge_delta, verify
 from tests.mutants import merge_delta__scale_without_rank, merge_delta__square_root_of_rank
 from tests.tiny import VOCAB, tiny_model
 
@@ -189,3 +189,7 @@ def test_a_rank_is_positive():
     for rank in (0, -2):
         with pytest.raises(UserError, match=f"positive rank, not {rank}"):
             add_lora(tiny_model(), rank, 2.0, TARGETS)
+
+
+def test_save_tensors():
+    verify(lora, "save_tensors")
