@@ -251,9 +251,10 @@ def start(command: list[str], wait: float | None = None) -> tuple[int, str, floa
 
 
 def batter(name: str, command: list[str], folder: Path, whole: Path, seconds: float, kills: int,
-           rng: random.Random) -> bool:
+           rng: random.Random, world: float = 0.0) -> bool:
     """`kills` kills of one command, each at a moment drawn such that together they lie over its
-    whole length; a run that ends too soon for its kill is compared, and the next one begins.
+    whole length; a run that ends too soon for its kill is compared, and the next one begins. The
+    recipe's first `world` seconds cannot be resumed: one kill in them, the others behind.
     """
     done, rounds, broken, wrong = 0, 0, 0, []
     script = command[0].endswith(".py")  # the recipe's own children cannot be reached
@@ -263,9 +264,12 @@ def batter(name: str, command: list[str], folder: Path, whole: Path, seconds: fl
         return lost(before, stages(folder)) + differences(whole, folder)
 
     while done < kills:
-        doom = f"+{2 * rng.random() * seconds / (kills + 1):.3f}" + "~" * (script and done % 2)
+        wait = 2 * rng.random() * (seconds - world) / (kills + 1)
+        if world and not (folder / "world").exists():
+            wait = world + wait if done else world * rng.random()
+        doom = f"+{wait:.3f}" + "~" * (done % 2)
         words = ["-m", "tests.kills", doom, *command] if script else command
-        status, errors, _ = start(words, None if script else 6 + float(doom[1:]))
+        status, errors, _ = start(words, None if script else wait)
         if status == 0:
             rounds, wrong = rounds + 1, wrong + ended()
             shutil.rmtree(folder), before.clear()
@@ -386,6 +390,7 @@ def main() -> int:
         whole = work / "whole-recipe"
         line = ["-m", "tests.kills", "recipe"]
         took = {"recipe": unbroken([*line, str(whole)], whole)}
+        built = (whole / "world/world.json").stat().st_mtime - began
         commands, fine = scripts(whole / "world", whole / "runs"), []
         for name, command in commands.items():
             out = work / f"whole-{name}"
@@ -404,7 +409,7 @@ def main() -> int:
                 command = ([*line, str(folder)] if name == "recipe" else
                            [*commands[name], "--out", str(folder)])
                 fine.append(batter(name, command, folder, work / f"whole-{name}", seconds, kills,
-                                   rng))
+                                   rng, built if name == "recipe" else 0.0))
             print(f"{args.kills} kills, {'all as unbroken' if all(fine) else 'WRONG'}, "
                   f"{time.time() - began:.0f} s")
     return 0 if all(fine) else 1
