@@ -33,7 +33,7 @@ from safetensors import safe_open
 from ease import records
 
 ROOT = Path(__file__).resolve().parent.parent
-MEASURED = ("seconds", "peak_gib", "tokens_per_second", "p50", "p95")  # no two runs share these
+MEASURED = ("seconds", "peak_gib", "tokens_per_second", "p50", "p95", "git")  # not the run's doing
 
 
 # --------------------------------------------------------------------------------------- the child
@@ -142,10 +142,10 @@ def recipe(folder: str) -> None:
 
 
 # -------------------------------------------------------------------------------------- the judges
-def without(value, names=MEASURED):
+def without(value):
     """A JSON value without what is measured."""
     if isinstance(value, dict):
-        return {k: without(v) for k, v in value.items() if not k.startswith(names)}
+        return {k: without(v) for k, v in value.items() if not k.startswith(MEASURED)}
     return list(map(without, value)) if isinstance(value, list) else value
 
 
@@ -161,7 +161,7 @@ def contents(folder: Path) -> dict:
             data = b""
         elif file.name.startswith(("rows", "probe", "metrics", "tasks")):
             data = [row for line in data.splitlines() if (row := without(json.loads(line)))]
-        elif file.name in ("summary.json", "done"):
+        elif file.name in ("summary.json", "done", "manifest.json"):
             data = without(json.loads(data))
         found[name] = data
     return found
@@ -225,11 +225,12 @@ def corrupt(folder: Path) -> list[str]:
     return wrong
 
 
-def torn(folder: Path) -> bool:
-    """Whether a kill has left a part of a file, or half a row."""
-    return (any(p.name == "part" or p.name.endswith((".part", ".tmp")) for p in folder.rglob("*"))
-            or any(p.stat().st_size and not p.read_bytes().endswith(b"\n")
-                   for name in ("*.kept", "metrics.jsonl") for p in folder.rglob(name)))
+def torn(folder: Path) -> set[tuple]:
+    """The parts of files, and the half rows, that kills have left: (name, time)."""
+    parts = [p for p in folder.rglob("*") if p.name == "part" or p.suffix in (".part", ".tmp")]
+    for name in ("*.kept", "metrics.jsonl"):
+        parts += [p for p in folder.rglob(name) if p.read_bytes()[-1:] not in (b"\n", b"")]
+    return {(str(p), p.stat().st_mtime_ns) for p in parts}
 
 
 # -------------------------------------------------------------------------------------- the parent
@@ -258,7 +259,7 @@ def batter(name: str, command: list[str], folder: Path, whole: Path, seconds: fl
     """
     done, rounds, broken, wrong = 0, 0, 0, []
     script = command[0].endswith(".py")  # the recipe's own children cannot be reached
-    before, began = {}, time.time()
+    before, parts, began = {}, set(), time.time()
 
     def ended() -> list[str]:
         return lost(before, stages(folder)) + differences(whole, folder)
@@ -278,7 +279,8 @@ def batter(name: str, command: list[str], folder: Path, whole: Path, seconds: fl
             wrong.append(f"exit status {status}: {errors.strip().splitlines()[-1:]}")
             break
         done += 1
-        broken += torn(folder)
+        broken += bool(torn(folder) - parts)
+        parts = torn(folder)
         wrong += corrupt(folder)
         now = stages(folder)
         wrong += lost(before, now)
