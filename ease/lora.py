@@ -195,8 +195,8 @@ def load_adapter_weights(model: CausalLM, path: Path) -> None:
 
 
 def save_tensors(tensors: dict[str, Tensor], file: Path, **metadata: str) -> None:
-    """Write a safetensors file, atomically whatever the library does."""
-    part = file.with_name("part")  # a folder, with what a kill leaves of the library's own
+    """Write a safetensors file atomically."""
+    part = file.with_name("part")  # a folder: also for what a kill leaves of the library's
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     try:

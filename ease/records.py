@@ -209,7 +209,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def put(path: str | Path, text: str, mode: str = "a") -> None:
-    """Write or append, not atomically; the error of a full disk names the file."""
+    """Append or write, not atomically; a full disk's error names the file."""
     try:
         with open(path, mode, encoding="utf-8") as f:
             f.write(text)

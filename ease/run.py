@@ -225,7 +225,7 @@ def open_run(cfg: RunFlags, inputs: list[str], place: tuple[torch.dtype, str]) -
 
 
 def hold(run: Path) -> None:
-    """Keep other processes out of the run folder until this one ends, be it by kill -9."""
+    """Keep other processes out of the run folder until this one ends, by kill -9 too."""
     run.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
@@ -233,7 +233,7 @@ def hold(run: Path) -> None:
         fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"{run}: another process is at work on this run") from None
-    except (ImportError, OSError):  # Windows; a file system without locks
+    except (ImportError, OSError):  # Windows, or no locks there
         pass
 
 
@@ -277,7 +277,7 @@ def finish(run: Path, **values) -> None:
     """Write `done` last, with the seconds of all stretches, the peak memory of the last and the
     tokens trained on, and say the held-out loss and where the results are.
     """
-    for kept in run.rglob("*.kept"):  # a file each holds them all by now
+    for kept in run.rglob("*.kept"):
         kept.unlink(missing_ok=True)  # every rank comes here
     metrics, clock = run / "metrics.jsonl", read_json(run / "clock.json")
     lines = read_lines(metrics) if metrics.exists() else []

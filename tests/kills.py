@@ -33,7 +33,8 @@ from safetensors import safe_open
 from ease import records
 
 ROOT = Path(__file__).resolve().parent.parent
-MEASURED = ("seconds", "peak_gib", "tokens_per_second", "p50", "p95", "git")  # not the run's doing
+# Measured, or not the run's doing (inputs: digests of adapters, which name their base's folder).
+MEASURED = ("seconds", "peak_gib", "tokens_per_second", "p50", "p95", "git", "inputs")
 
 
 # --------------------------------------------------------------------------------------- the child

@@ -15,6 +15,7 @@ import distill
 import evaluate
 import train
 from ease.checkpoint import newest_first
+from ease.records import write_text
 from ease.run import hold
 from tests.kills import corrupt, differences, lost, stages, start
 from tests.test_scripts import rows
@@ -127,6 +128,28 @@ def test_kill_9_in_evaluation(runs, tmp_path):
         ("rows-base.jsonl", "+0.1~", "limit:rows-refusal.kept:1:4000", "summary.json",
          "limit:/rows.jsonl.part:1:4096"))
     assert not differences(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_what_must_not_happen_is_seen(tmp_path):
+    """By the three judges of the tests above."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    rows = '{"text": "x", "seconds": 1}\n{"text": "y", "seconds": 2}\n'
+    for folder in (a, b):
+        write_text(folder / "rows-base.jsonl", rows)
+        write_text(folder / "rows-ease.kept", rows)
+        (folder / "checkpoints/step-3").mkdir(parents=True)
+    before = stages(b)
+    assert not (lost(before, stages(b)) or corrupt(b) or differences(a, b))
+    write_text(b / "rows-base.jsonl", rows.replace("1", "7"))  # made again
+    write_text(b / "rows-ease.kept", rows.split("\n")[0] + "\n")  # a row is gone
+    (b / "checkpoints/step-3").rmdir()
+    assert len(lost(before, stages(b))) == 3
+    assert differences(a, b) == ["rows-ease.kept"]  # times aside
+    write_text(b / "rows-base.jsonl", rows.replace("x", "z"))
+    assert differences(a, b) == ["rows-base.jsonl", "rows-ease.kept"]
+    for name, text in (("a.json", "{"), ("b.jsonl", '{"a": 1}\n{"a'), ("c.safetensors", "half")):
+        write_text(b / name, text)
+    assert len(corrupt(b)) == 3
 
 
 def test_the_second_process_says_so(runs, tmp_path):
