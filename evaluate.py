@@ -143,7 +143,6 @@ def answers(cfg: Config, file: Path, system: System, records: list[Record], plac
     prefill.forced_ids. alone: one at a time.
     """
     if not file.exists() and not cfg.score_only:
-        kept = file.with_suffix(".kept")
         if system.outputs:
             responses = read_outputs(system.outputs, records, load_tokenizer(cfg.tokenizer))
         else:
@@ -155,11 +154,10 @@ def answers(cfg: Config, file: Path, system: System, records: list[Record], plac
             if alone:  # untimed: what is done only once
                 respond(model, tokenizer, records[:1], sampling, 1, *settings)
             responses = respond(model, tokenizer, records, sampling, 1 if alone else cfg.slots,
-                                *settings, kept, forced)
+                                *settings, file.with_suffix(".kept"), forced)
         if not begun:  # by then the process has held a judge
             log(file.parent, peak_gib=round(peak_memory() / 2**30, 2))
         write_jsonl(file, map(response_to_dict, responses))
-        kept.unlink(missing_ok=True)
     return read_responses(file)
 
 
@@ -326,12 +324,11 @@ def searched(cfg: Config, run: Path, systems: dict[str, System], asked: dict[str
             continue
         file = run / f"rows-{name}+search-{goal}.jsonl"
         if not file.exists():
-            kept, sampling = file.with_suffix(".kept"), Sampling(cfg.max_new_tokens, seed=cfg.seed)
+            sampling = Sampling(cfg.max_new_tokens, seed=cfg.seed)
             guard = load_judge(judge, *place, cfg.judge_format, cfg.judge_text)
             attacked = partial(attack, *load_system(system, place), system.messages, guard, goal,
                                cfg.search, sampling, threshold_of(cfg, name))
-            write_jsonl(file, search(asked[goal], attacked, kept))
-            kept.unlink()
+            write_jsonl(file, search(asked[goal], attacked, file.with_suffix(".kept")))
         found[name, goal] = [row for _, row in read_lines(file)]
     return search_table(found, judge, cfg.search)
 

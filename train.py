@@ -155,14 +155,14 @@ def probe(cfg: Config, run: Path, diagnostic: list[Record], place: Place) -> lis
         init = cfg.init if cfg.probe == "phase1" else ""
         model = load_model(*base_and_adapter(cfg.model, init), *place)
         for i, file in enumerate(files):
+            if file.exists():
+                continue
             sampling = Sampling(cfg.probe_tokens, cfg.temperature if i else 0.0, cfg.top_p,
                                 cfg.seed + i)
-            kept = file.with_suffix(".kept")
             responses = respond(model, tokenizer, diagnostic, sampling, cfg.slots, file.stem,
-                                kept=kept)
+                                kept=file.with_suffix(".kept"))
             note_verdicts(judge, cfg.judge, responses)
             write_jsonl(file, map(response_to_dict, responses))
-            kept.unlink(missing_ok=True)
     return [read_responses(file) for file in files]
 
 

@@ -18,7 +18,7 @@ from ease.judge import Judge
 from ease.method import THINK_OPEN
 from ease.model import CausalLM
 from ease.prefill import forced_ids
-from ease.records import SAFE, UNSAFE, Record, read_lines
+from ease.records import SAFE, UNSAFE, Record, put, read_lines
 from ease.respond import cut, respond
 from ease.scoring import rate, reasons
 from ease.tokenizer import Tokenizer
@@ -116,8 +116,7 @@ def search(records: list[Record], attacked: Callable[[Record], dict], kept: Path
     rows = {row["id"]: row for _, row in (read_lines(kept) if cut(kept) else [])}
     for record in tqdm([r for r in records if r.id not in rows], kept.stem, unit="request"):
         rows[record.id] = attacked(record)
-        with open(kept, "a", encoding="utf-8") as f:
-            f.write(json.dumps(rows[record.id], ensure_ascii=False) + "\n")
+        put(kept, json.dumps(rows[record.id], ensure_ascii=False) + "\n")
     return [rows[r.id] for r in records]
 
 

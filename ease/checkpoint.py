@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from ease.loading import load_weights, save_weights
+from ease.lora import save_tensors
 from ease.model import CausalLM
 from ease.ranks import RANK
 from ease.records import write_jsonl
@@ -27,10 +27,9 @@ def save_checkpoint(run: Path, step: int, model: CausalLM, optimizer: torch.opti
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     save_weights(model, tokenizer, base, part)
-    state = {f"{name}/{key}": value.detach().cpu().contiguous()
-             for name, p in model.named_parameters() if p in optimizer.state
+    state = {f"{name}/{key}": value for name, p in model.named_parameters() if p in optimizer.state
              for key, value in optimizer.state[p].items()}
-    save_file(state, part / "trainer.safetensors", metadata={"step": str(step)})
+    save_tensors(state, part / "trainer.safetensors", step=str(step))
     os.replace(part, folder)
     for old in newest_first(run)[1:]:
         shutil.rmtree(old)

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import save_file
 
 from ease.config import ModelConfig
 from ease.tokenizer_files import read_json
 from ease.lora import (
     add_lora, check_fit, load_adapter, load_adapter_weights, lora_state, merge_lora, read_tensors,
-    save_adapter,
+    save_adapter, save_tensors,
 )
 from ease.model import CausalLM
 from ease.ranks import RANK, RANKS
@@ -256,5 +255,4 @@ def save_model(model: CausalLM, tokenizer: Tokenizer, path: str | Path) -> None:
     for file, text in tokenizer.files.items():
         write_text(path / file, text)
     write_text(path / "config.json", json.dumps(config, indent=2) + "\n")
-    tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(state, path / "model.safetensors")

@@ -5,6 +5,8 @@ W x + s B A x with A (r, in), B (out, r), s = alpha / r. W is frozen, B starts a
 
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -129,8 +131,7 @@ def save_adapter(model: CausalLM, path: str | Path, base: str) -> None:
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
               **model.adapter, "lora_dropout": 0.0, "bias": "none", "inference_mode": True}
     write_text(path / "adapter_config.json", json.dumps(config, indent=2) + "\n")
-    tensors = {PREFIX + n: p.detach().cpu().contiguous() for n, p in lora_state(model).items()}
-    save_file(tensors, path / ADAPTER, metadata={"format": "pt"})
+    save_tensors({PREFIX + n: p for n, p in lora_state(model).items()}, path / ADAPTER)
 
 
 def read_adapter_config(path: Path) -> dict:
@@ -191,6 +192,20 @@ def load_adapter_weights(model: CausalLM, path: Path) -> None:
     check_fit(own, stored, f"{path} (made for another base?)")
     for name, parameter in own.items():
         parameter.data.copy_(stored[name])
+
+
+def save_tensors(tensors: dict[str, Tensor], file: Path, **metadata: str) -> None:
+    """Write a safetensors file atomically."""
+    part = file.with_name("part")  # a folder: also for what a kill leaves of the library's
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    try:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part / file.name,
+                  metadata or {"format": "pt"})
+    except SafetensorError as e:
+        raise UserError(f"{file}: {e}") from None
+    os.replace(part / file.name, file)
+    part.rmdir()
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:

@@ -204,8 +204,17 @@ def write_text(path: str | Path, text: str) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
+    put(part, text, "w")
     os.replace(part, path)
+
+
+def put(path: str | Path, text: str, mode: str = "a") -> None:
+    """Append or write, not atomically; a full disk's error names the file."""
+    try:
+        with open(path, mode, encoding="utf-8") as f:
+            f.write(text)
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, str(path)) from None
 
 
 def write_jsonl(path: str | Path, rows: list) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from ease.generate import Generation, Sampling, stream
 from ease.method import THINK_CLOSE, THINK_OPEN, split_reasoning
 from ease.model import CausalLM
-from ease.records import (ABSENT, UNCLOSED, Record, Response, read_responses, response_to_dict,
-                          write_text)
+from ease.records import (ABSENT, UNCLOSED, Record, Response, put, read_responses,
+                          response_to_dict, write_text)
 from ease.tokenizer import Tokenizer
 
 
@@ -39,8 +39,7 @@ def respond(model: CausalLM, tokenizer: Tokenizer, records: list[Record], sampli
         response = as_response(tokenizer, records[places[i]], g, marker)
         found[response.record.id] = response
         if kept:
-            with open(kept, "a", encoding="utf-8") as f:
-                f.write(json.dumps(response_to_dict(response), ensure_ascii=False) + "\n")
+            put(kept, json.dumps(response_to_dict(response), ensure_ascii=False) + "\n")
     return [replace(found[r.id], record=r) for r in records]  # a file holds no categories
 
 

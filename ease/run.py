@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 
 from ease.ranks import RANK
-from ease.records import UserError, read_lines, write_text
+from ease.records import UserError, put, read_lines, write_text
 from ease.tokenizer_files import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -201,6 +201,8 @@ def open_run(cfg: RunFlags, inputs: list[str], place: tuple[torch.dtype, str]) -
         if not Path(p).exists():
             raise UserError(f"{p}: no such file or folder")
     run, file, script = Path(cfg.out), Path(cfg.out, "manifest.json"), script_of(cfg)
+    if not (run / "done").exists():
+        hold(run)
     finished = (run / "done").exists()
     git = subprocess.run("git rev-parse HEAD", shell=True, cwd=ROOT, capture_output=True, text=True,
                          check=False)  # in a shell: no error where there is no git
@@ -220,6 +222,19 @@ def open_run(cfg: RunFlags, inputs: list[str], place: tuple[torch.dtype, str]) -
         start_clock(run)  # before anything is written: it looks when that last happened
         write_text(file, json.dumps(manifest, indent=2) + "\n")
     return run
+
+
+def hold(run: Path) -> None:
+    """Keep other processes out of the run folder until this one ends, by kill -9 too."""
+    run.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+        held = os.open(run / "lock", os.O_RDWR | os.O_CREAT, 0o666)  # never closed
+        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{run}: another process is at work on this run") from None
+    except (ImportError, OSError):  # Windows, or no locks there
+        pass
 
 
 def same_run(cfg: RunFlags, old: dict, new: dict) -> dict:
@@ -255,14 +270,15 @@ def log(run: Path, **values) -> None:
     """Append one line to metrics.jsonl."""
     if RANK:
         return
-    with open(run / "metrics.jsonl", "a", encoding="utf-8") as f:
-        f.write(json.dumps(values) + "\n")
+    put(run / "metrics.jsonl", json.dumps(values) + "\n")
 
 
 def finish(run: Path, **values) -> None:
     """Write `done` last, with the seconds of all stretches, the peak memory of the last and the
     tokens trained on, and say the held-out loss and where the results are.
     """
+    for kept in run.rglob("*.kept"):
+        kept.unlink(missing_ok=True)  # every rank comes here
     metrics, clock = run / "metrics.jsonl", read_json(run / "clock.json")
     lines = read_lines(metrics) if metrics.exists() else []
     seconds, peak = clock["spent"] + time.time() - clock["started"], round(peak_memory() / 2**30, 2)

@@ -1,15 +1,14 @@
 """An extra: the teacher's top-k log-probabilities in a file, so that it can leave the memory."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from ease.lora import save_tensors
 from ease.losses import in_chunks, topk_kl, topk_log_probabilities
 from ease.model import CausalLM
 from ease.ranks import RANK, wait_for
@@ -51,8 +50,7 @@ def cache_teacher(file: Path, teacher: Teacher, k: int) -> CachedTeacher:
         log_p, ids = (torch.cat(column) for column in zip(*kept))
         counts = torch.tensor([len(p) for p, _ in kept])
         tensors = {"log_p": log_p, "ids": ids.int(), "counts": counts}
-        save_file(tensors, f"{file}.part", metadata=made)
-        os.replace(f"{file}.part", file)
+        save_tensors(tensors, file, **made)
     with safe_open(file, framework="pt") as f:
         if (found := f.metadata()) != made:
             raise UserError(f"{file} was made with --kl_temperature {found['tau']} and "

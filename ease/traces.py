@@ -87,8 +87,6 @@ def teacher_traces(flags: TraceFlags, run: Path, teacher: str, records: list[Rec
         raise NoTraceAccepted(f"no trace of teacher {teacher} was accepted; the reasons are in "
                               f"{run / 'rejected.jsonl'}")
     write_jsonl(file, accepted)
-    for samples in run.glob("attempt-*.kept"):
-        samples.unlink()
     return accepted
 
 

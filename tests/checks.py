@@ -6,8 +6,12 @@ both sides.
 import base64
 import itertools
 import math
+import os
 import random
 import re
+import resource
+import signal
+import time
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from operator import attrgetter
@@ -18,6 +22,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 import evaluate
 from ease import generate, losses, prefill, scoring, systems
@@ -1508,3 +1513,84 @@ def check_search(fn):
         asked = []
         assert fn(records, attacked, kept) == rows and asked == list(missing)
         assert sorted(kept.read_bytes().splitlines(keepends=True)) == sorted(lines)
+
+
+# ------------------------------------------------------------------------------- files and folders
+def no_file_larger(size: int, call, *arguments) -> str:
+    """The error of a call while no file may grow beyond `size`: what a full disk is, everywhere."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        return error_of(call, *arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def check_hold(fn):
+    """A second process is refused while the first lives, kill -9 or not; the first may ask again;
+    a file system without locks is no error.
+    """
+    with TemporaryDirectory() as folder:
+        run = Path(folder, "new", "run")
+        heard, tell = os.pipe()
+        if (other := os.fork()) == 0:
+            try:
+                fn(run), fn(run)
+                os.write(tell, b"held")
+                time.sleep(60)
+            finally:
+                os._exit(1)
+        os.close(tell)
+        try:
+            assert os.read(heard, 4) == b"held"
+            assert error_of(fn, run) == f"UserError: {run}: another process is at work on this run"
+        finally:
+            os.kill(other, signal.SIGKILL), os.waitpid(other, 0), os.close(heard)
+        assert not complains(fn, run), "the dead hold nothing"
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("lockf", "flock"):
+                patch.setattr(f"fcntl.{name}", lambda *a: os.stat("/nowhere"))
+            assert not complains(fn, Path(folder, "other"))
+
+
+def complains(call, *arguments) -> bool:
+    """Whether a call raises an error."""
+    try:
+        call(*arguments)
+    except Exception:
+        return True
+    return False
+
+
+def check_put(fn):
+    """Appends, or writes anew; a full disk: its file is named."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "f")
+        fn(file, "a\n"), fn(file, "\u00e9\n")
+        assert file.read_bytes() == b"a\n\xc3\xa9\n"
+        fn(file, "b\n", "w")
+        assert file.read_bytes() == b"b\n"
+        said = no_file_larger(1000, fn, file, "x" * 3000)
+        assert said.startswith("OSError: ") and str(file) in said
+
+
+def check_save_tensors(fn):
+    """The tensors with their metadata, those of a transpose too; a full disk: one line that names
+    the file, which is as it was; what a kill has left beside it goes.
+    """
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "w.safetensors")
+        w = torch.arange(6.0).view(2, 3)
+        fn({"w": w.T.requires_grad_()}, file)
+        first = file.read_bytes()
+        said = no_file_larger(1000, fn, {"w": torch.zeros(3000)}, file)
+        assert file.read_bytes() == first
+        assert said.startswith(f"UserError: {file}: ") and "\n" not in said
+        for metadata in ({}, {"step": "3"}):
+            (file.parent / "part").mkdir(exist_ok=True)
+            (file.parent / "part" / ".tmpX").write_text("half")
+            fn({"w": w.T}, file, **metadata)
+            with safe_open(file, framework="pt") as f:
+                assert torch.equal(f.get_tensor("w"), w.T)
+                assert f.metadata() == (metadata or {"format": "pt"})
+            assert [p.name for p in Path(folder).iterdir()] == [file.name]

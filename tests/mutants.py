@@ -2,9 +2,11 @@
 published code.
 """
 
+import fcntl
 import inspect
 import itertools
 import math
+import os
 import random
 import re
 from collections import Counter
@@ -12,14 +14,15 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save, save_file
 
 import evaluate
-from ease import (adaptive, attacks, batching, compare, contest, judge, losses, method, optim,
+from ease import (adaptive, attacks, batching, compare, contest, judge, lora, losses, method, optim,
                   outputs, page, policies, prefill, records, report, respond, scoring, sweep, tasks)
 from ease.batching import Batch, Example
 from ease.method import ABSENT, ANSWER, GATE, REASONING, UNCLOSED, WELL_FORMED
 from ease.generate import sample
-from ease.records import CONTROVERSIAL, SAFE, UNPARSED, UNSAFE
+from ease.records import CONTROVERSIAL, SAFE, UNPARSED, UNSAFE, UserError
 from tests.tiny import TOKENIZER
 
 
@@ -1778,8 +1781,79 @@ attack__before_is_the_start = altered("attack", ("score([[]])", "score([[5] * 20
 attack__gate_of_the_first = altered("attack", ("r.gate for r in", "ends[0].gate for r in"))
 
 search__from_the_beginning = altered("search", ("if r.id not in rows", ""))
-search__nothing_kept = altered("search", ('open(kept, "a"', 'open(kept, "w"'))
+search__nothing_kept = altered("search", ('+ "\\n")', '+ "\\n", "w")'))
 search__half_a_line = altered("search", (
     "cut(kept)", 'kept.exists() and kept.read_bytes().endswith(b"\\n")'))
 search__by_the_kept_order = altered(
     "search", ("[rows[r.id] for r in records]", "list(rows.values())"))
+
+
+# files and folders
+def hold__nothing(run):
+    run.mkdir(parents=True, exist_ok=True)
+
+
+def hold__by_a_file_that_outlives_the_process(run):
+    if (run / "lock").exists() and (run / "lock").read_text() != str(os.getpid()):
+        raise UserError(f"{run}: another process is at work on this run")
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "lock").write_text(str(os.getpid()))
+
+
+def hold__let_go_at_once(run):
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / "lock", "w") as f:
+        try:
+            fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{run}: another process is at work on this run") from None
+
+
+def hold__against_the_process_itself(run):
+    run.mkdir(parents=True, exist_ok=True)
+    try:
+        fcntl.flock(os.open(run / "lock", os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"{run}: another process is at work on this run") from None
+
+
+def hold__needs_a_file_system_with_locks(run):
+    run.mkdir(parents=True, exist_ok=True)
+    try:
+        fcntl.lockf(os.open(run / "lock", os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"{run}: another process is at work on this run") from None
+
+
+def put__names_no_file(path, text, mode="a"):
+    with open(path, mode, encoding="utf-8") as f:
+        f.write(text)
+
+
+def put__always_anew(path, text, mode="a"):
+    records.put(path, text, "w")
+
+
+def save_tensors__in_place(tensors, file, **metadata):
+    try:
+        file.write_bytes(save({k: v.contiguous() for k, v in tensors.items()},
+                              metadata or {"format": "pt"}))
+    except OSError as e:
+        raise UserError(f"{file}: {e}") from None
+
+
+def save_tensors__names_no_file(tensors, file, **metadata):
+    save_file({k: v.contiguous() for k, v in tensors.items()}, file, metadata or {"format": "pt"})
+
+
+def save_tensors__without_metadata(tensors, file, **metadata):
+    lora.save_tensors(tensors, file)
+
+
+def save_tensors__leaves_the_dead(tensors, file, **metadata):
+    try:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, f"{file}.part",
+                  metadata or {"format": "pt"})
+    except Exception as e:
+        raise UserError(f"{file}: {e}") from None
+    os.replace(f"{file}.part", file)

@@ -182,3 +182,7 @@ def test_a_rank_is_positive():
     for rank in (0, -2):
         with pytest.raises(UserError, match=f"positive rank, not {rank}"):
             add_lora(tiny_model(), rank, 2.0, TARGETS)
+
+
+def test_save_tensors():
+    verify(lora, "save_tensors")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import distill
 import train
 from ease import ranks
-from tests.test_resume import ROOT
+from tests.test_scripts import ROOT
 
 
 def test_rows_are_dealt_out(monkeypatch):

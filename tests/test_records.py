@@ -6,8 +6,10 @@ import os
 
 import pytest
 
+from ease import records
 from ease.records import (KINDS, Record, Response, UserError, digest, read_jsonl, read_responses,
                           read_text, record_from_dict, response_to_dict, write_jsonl, write_text)
+from tests.checks import verify
 
 
 def test_round_trip(tmp_path):
@@ -130,6 +132,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         write_text(tmp_path / "x", "new")
     assert (tmp_path / "x").read_text() == "old"
+
+
+def test_put():
+    verify(records, "put")
 
 
 @pytest.mark.parametrize("change", [{"gate": None, "novel": 1}, {"kind": ...}, {"text": ...}])

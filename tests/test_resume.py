@@ -1,12 +1,12 @@
 """A stopped run goes on: 3 + 3 steps equal 6 steps, bit for bit on the CPU, in both training
-scripts and both ways to train; and after kill -9 the same command ends with the very files of an
-unbroken run, in every script.
+scripts and both ways to train; and after kill -9, or on a full disk, the same command ends with the
+very files of an unbroken run, in every script. (`python -m tests.kills`: 20 kills, the recipe too.)
 """
 
+import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -15,7 +15,10 @@ import distill
 import evaluate
 import train
 from ease.checkpoint import newest_first
-from tests.test_scripts import ROOT, rows
+from ease.records import write_text
+from ease.run import hold
+from tests.kills import corrupt, differences, lost, stages, start
+from tests.test_scripts import rows
 
 
 class Stop(Exception):
@@ -86,38 +89,81 @@ def flags_of(cfg) -> list[str]:
     return flags
 
 
-def run(script, cfg, deaths: tuple[str, ...] = ()) -> None:
-    """The command, killed at each of these writes in turn and started again; at last to its end."""
-    command = [f"{script.__name__}.py", *flags_of(cfg)]
-    for path in (*deaths, ""):
-        how = ["-m", "tests.killed", path] if path else []
-        found = subprocess.run([sys.executable, *how, *command], cwd=ROOT, capture_output=True,
-                               text=True, check=False)
-        wanted = -signal.SIGKILL if path else 0
-        assert found.returncode == wanted, f"{path or 'the end'}: {found.stderr}"
+def run(script, cfg, dooms: tuple[str, ...] = ()) -> None:
+    """The command, stopped by each of these dooms (tests/kills.py) in turn and started again; at
+    last to its end. Each time: no corrupt file, nothing finished is made again; a full disk is one
+    line that names the file.
+    """
+    command, before = [f"{script.__name__}.py", *flags_of(cfg)], {}
+    for doom in (*dooms, ""):
+        status, said, _ = start([*(["-m", "tests.kills", doom] if doom else []), *command])
+        full = doom.startswith("limit:")
+        assert status == (2 if full else -signal.SIGKILL if doom else 0), f"{doom}: {said}"
+        if full:
+            lines = [x for x in said.replace("\r", "\n").split("\n") if "rror" in x]
+            assert len(lines) == 1 and lines[0].startswith("error: ") and cfg.out in lines[0], said
+        now = stages(Path(cfg.out))
+        assert not corrupt(Path(cfg.out)) and not lost(before, now), doom
+        before = now
 
 
-@pytest.mark.parametrize("script, deaths", [
-    (distill, ("manifest.json", "!traces.jsonl", "traces.jsonl", "checkpoints/step-8",
-               "!checkpoints/step-20")),
-    (train, ("probe.jsonl", "!trained_on.jsonl", "trained_on.jsonl", "!checkpoints/step-4",
-             "checkpoints/step-12"))])
-def test_kill_9_in_training(runs, tmp_path, script, deaths):
+@pytest.mark.parametrize("script, changes, dooms", [
+    (distill, {}, ("manifest.json", "!traces.jsonl", "traces.jsonl", "+0.2~",
+                   "limit:checkpoints/part/part:4:20000", "!checkpoints/step-20")),
+    (train, {"merged": True, "probe_samples": 1}, (
+        "probe.jsonl", "!trained_on.jsonl", "+0.2", "!checkpoints/step-4", "checkpoints/step-12",
+        "!done", "limit:model/part:1:20000"))])
+def test_kill_9_in_training(runs, tmp_path, script, changes, dooms):
     base = runs.ease if script is train else runs.phase1
-    base = replace(base, steps=40, save_every=4, merged=False)
+    base = replace(base, steps=40, save_every=4, **{"merged": False, **changes})
     run(script, replace(base, out=str(tmp_path / "whole")))
-    run(script, replace(base, out=str(tmp_path / "parts")), deaths)
-    for file in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json",
-                 "trained_on.jsonl", "metrics.jsonl", "preview.txt"):
-        a, b = ((tmp_path / name / file).read_bytes() for name in ("whole", "parts"))
-        assert a == b, file
+    run(script, replace(base, out=str(tmp_path / "parts")), dooms)
+    assert not differences(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_kill_9_in_evaluation(runs, tmp_path):
     base = replace(runs.test, max_new_tokens=24)
     run(evaluate, replace(base, out=str(tmp_path / "whole")))
     run(evaluate, replace(base, out=str(tmp_path / "parts")),
-        ("manifest.json", "rows-base.jsonl", "!rows-refusal.jsonl", "summary.json"))
-    a, b = ([{k: v for k, v in row.items() if k != "seconds"}
-             for row in rows(tmp_path / name / "rows.jsonl")] for name in ("whole", "parts"))
-    assert a == b
+        ("rows-base.jsonl", "+0.1~", "limit:rows-refusal.kept:1:4000", "summary.json",
+         "limit:/rows.jsonl.part:1:4096"))
+    assert not differences(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_what_must_not_happen_is_seen(tmp_path):
+    """By the three judges of the tests above."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    rows = '{"text": "x", "seconds": 1}\n{"text": "y", "seconds": 2}\n'
+    for folder in (a, b):
+        write_text(folder / "rows-base.jsonl", rows)
+        write_text(folder / "rows-ease.kept", rows)
+        (folder / "checkpoints/step-3").mkdir(parents=True)
+    before = stages(b)
+    assert not (lost(before, stages(b)) or corrupt(b) or differences(a, b))
+    write_text(b / "rows-base.jsonl", rows.replace("1", "7"))  # made again
+    write_text(b / "rows-ease.kept", rows.split("\n")[0] + "\n")  # a row is gone
+    (b / "checkpoints/step-3").rmdir()
+    assert len(lost(before, stages(b))) == 3
+    assert differences(a, b) == ["rows-ease.kept"]  # times aside
+    write_text(b / "rows-base.jsonl", rows.replace("x", "z"))
+    assert differences(a, b) == ["rows-base.jsonl", "rows-ease.kept"]
+    for name, text in (("a.json", "{"), ("b.jsonl", '{"a": 1}\n{"a'), ("c.safetensors", "half")):
+        write_text(b / name, text)
+    assert len(corrupt(b)) == 3
+
+
+def test_the_second_process_says_so(runs, tmp_path):
+    """One line, and nothing is written; scoring beside works, as does looking at a finished run."""
+    out = tmp_path / "run"
+    shutil.copytree(runs.out / "test", out)
+    finished = (out / "done").read_bytes()
+    (out / "done").unlink()
+    hold(out)
+    files = {p: p.stat().st_mtime_ns for p in out.iterdir()}
+    command = ["evaluate.py", *flags_of(replace(runs.test, out=str(out)))]
+    status, said, _ = start(command)
+    assert status == 2 and said == f"error: {out}: another process is at work on this run\n"
+    assert {p: p.stat().st_mtime_ns for p in out.iterdir()} == files
+    assert start([*command, "--score_only"])[0] == 0
+    (out / "done").write_bytes(finished)
+    assert start(command)[0] == 0

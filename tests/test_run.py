@@ -29,6 +29,7 @@ from ease.run import (
     open_run,
     parse_config,
 )
+from tests.checks import verify
 
 FP32 = (torch.float32, "cpu")
 
@@ -142,6 +143,9 @@ def test_a_run_folder_belongs_to_one_configuration(tmp_path):
         open_run(Config(out=str(tmp_path / "other")), [str(tmp_path / "nowhere")], FP32)
     assert not (tmp_path / "other").exists()  # a mended flag may still use the folder
 
+
+def test_hold():
+    verify(run, "hold")
 
 
 def test_a_flag_that_the_older_run_did_not_have(tmp_path):
