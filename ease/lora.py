@@ -201,7 +201,9 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
                 raise UserError(f"{file}: a git-lfs pointer, not the weights: run `git lfs pull`")
         with safe_open(file, framework="pt") as f:
             for name in f.keys():
-                dtype = f.get_slice(name).get_dtype()
+                dtype, shape = f.get_slice(name).get_dtype(), f.get_slice(name).get_shape()
+                if 0 in shape:  # 10^9 x 0 numbers would be a rank
+                    raise UserError(f"{file}: {name} of shape {shape} is empty")
                 if dtype not in ("F64", "F32", "F16", "BF16"):
                     raise UserError(
                         f"{file}: quantised weights are not supported: {name} is {dtype}")

@@ -2,6 +2,10 @@
 
 import json
 import re
+import signal
+import sys
+import threading
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -15,7 +19,30 @@ from ease.records import UserError, check_text, read_text
 from ease.tokenizer_files import FILES, add_tokens, chat_template, special_tokens, stated_stop_ids
 
 OPEN, CLOSE = THINK_OPEN.strip(), THINK_CLOSE.strip()
-LONGEST = 10_000_000  # characters; a template that writes more does not come to an end
+LONGEST = 2_000_000  # characters; a template that writes more does not come to an end
+
+
+@contextmanager
+def bounded():
+    """For a template, which is a program: 5 seconds of computing, 400 MiB of memory (on Linux)."""
+    if sys.platform != "linux" or threading.current_thread() != threading.main_thread():
+        return (yield)
+    import resource
+
+    def stop(*_):
+        raise TimeoutError("it takes more than 5 seconds")
+
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    before = signal.signal(signal.SIGVTALRM, stop)
+    resource.setrlimit(resource.RLIMIT_AS, (min(used + 400 * 2**20, hard % 2**63), hard))
+    signal.setitimer(signal.ITIMER_VIRTUAL, 5)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def compile_template(source: str):
@@ -38,7 +65,8 @@ def compile_template(source: str):
     # {% generation %} marks the assistant's text. Here it is a mere block with its own scope.
     source = re.sub(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})", r"\1\2with\3", source)
     try:
-        return environment.from_string(source)
+        with bounded():
+            return environment.from_string(source)
     except Exception as e:  # mostly TemplateError, but not only
         raise UserError(f"the chat template is not valid: {e!r}") from None
 
@@ -99,7 +127,9 @@ class Tokenizer:
         """render, but "" if the template does not take the messages or hides one."""
         try:
             text = self.render(messages)
-        except UserError:
+        except UserError as e:
+            if isinstance(e.__context__, MemoryError | TimeoutError):
+                raise
             return ""
         return text if all(f"{m['role']}-probe" in text for m in messages) else ""
 
@@ -125,13 +155,15 @@ class Tokenizer:
                  if name == "tokenizer.json" or (path / name).exists()}
         try:
             fast = FastTokenizer.from_str(files["tokenizer.json"])
-        except Exception as e:  # the tokenizers library raises a bare Exception
+            fast.no_padding()
+            fast.encode("a \U0010ffff")  # the last is unknown, if anything is
+        except BaseException as e:  # of the tokenizers library: a bare Exception, a panic of Rust
             raise UserError(f"{path / 'tokenizer.json'}: {e}") from None
         settings, stop_ids = add_tokens(fast, path), stated_stop_ids(path)
         template = chat_template(path, settings)
         try:
             self = cls(fast, template, settings, stop_ids, files)
-        except UserError as e:
+        except Exception as e:  # as above
             raise UserError(f"{path}: {e}") from None
         if (end := self.turn_end()) not in (None, *(stop_ids or [self.end_id])):
             print(f"{path}: {fast.id_to_token(end)!r} (id {end}) ends a turn in the chat template "
@@ -187,11 +219,13 @@ class Tokenizer:
             messages = [as_parts(m) for m in messages]
         text = ""
         try:
-            for piece in self.template.generate(messages=messages, add_generation_prompt=True,
-                                                tools=None, documents=None, **self.names):
-                text += piece
-                if len(text) > LONGEST:
-                    raise ValueError(f"it writes more than {LONGEST:,} characters")
+            with bounded():
+                for piece in self.template.generate(messages=messages, add_generation_prompt=True,
+                                                    tools=None, documents=None, **self.names):
+                    text += piece
+                    if len(text) > LONGEST:
+                        raise ValueError(f"it writes more than {LONGEST:,} characters")
+            text.encode()  # half of a surrogate pair has no ids
         except Exception as e:  # a template is a program: it may fail in any way
             raise UserError(f"the chat template failed: {e!r}") from None
         return text.rstrip().removesuffix(OPEN) if self.opens_thinking else text
