@@ -18,7 +18,7 @@ from ease.generate import Sampling, generate
 from ease.method import THINK_OPEN, split_reasoning
 from ease.model import CausalLM, KVCache
 from ease.readers import Row, read_rows, read_table
-from ease.records import ABSENT, UNCLOSED, UserError, check_text, read_text
+from ease.records import ABSENT, UNCLOSED, UserError, read_text
 from ease.scoring import choice_scores, number_scores, paired_difference, rate
 from ease.tokenizer import Tokenizer
 
@@ -87,8 +87,7 @@ def read_items(task: str, files: list[tuple[str, str]], limit: int = 0) -> list[
         for row in rows:
             try:
                 item = question(task, row)
-                for text in (item.context, *(item.choices or [item.gold])):
-                    check_text(text, task, row.where)
+                "".join([item.context, *(item.choices or [item.gold])]).encode()
                 yield item
             except (KeyError, TypeError, ValueError, AttributeError):
                 raise UserError(f"{row.where}: {task} needs {columns}") from None

@@ -19,30 +19,29 @@ from ease.records import UserError, check_text, read_text
 from ease.tokenizer_files import FILES, add_tokens, chat_template, special_tokens, stated_stop_ids
 
 OPEN, CLOSE = THINK_OPEN.strip(), THINK_CLOSE.strip()
-LONGEST = 2_000_000  # characters; a template that writes more does not come to an end
 
 
 @contextmanager
 def bounded():
-    """For a template, which is a program: 5 seconds of computing, 400 MiB of memory (on Linux)."""
+    """Within it a template, a program, has one second and 100 MB (on Linux)."""
     if sys.platform != "linux" or threading.current_thread() != threading.main_thread():
         return (yield)
     import resource
 
     def stop(*_):
-        raise TimeoutError("it takes more than 5 seconds")
+        raise TimeoutError("more than a second")
 
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    before = signal.signal(signal.SIGVTALRM, stop)
-    resource.setrlimit(resource.RLIMIT_AS, (min(used + 400 * 2**20, hard % 2**63), hard))
-    signal.setitimer(signal.ITIMER_VIRTUAL, 5)
+    pages, memory = Path("/proc/self/statm").read_text().split()[0], resource.RLIMIT_AS
+    soft, hard = resource.getrlimit(memory)
+    most = min(int(pages) * resource.getpagesize() + 10**8, hard % 2**63)
+    signal.signal(signal.SIGVTALRM, stop)
+    resource.setrlimit(memory, (most, hard))
+    signal.setitimer(signal.ITIMER_VIRTUAL, 1)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        resource.setrlimit(memory, (soft, hard))
 
 
 def compile_template(source: str):
@@ -67,7 +66,7 @@ def compile_template(source: str):
     try:
         with bounded():
             return environment.from_string(source)
-    except Exception as e:  # mostly TemplateError, but not only
+    except Exception as e:
         raise UserError(f"the chat template is not valid: {e!r}") from None
 
 
@@ -91,8 +90,6 @@ class Tokenizer:
         """settings: as in tokenizer_config.json; stop_ids: ends of a response by the model's files;
         files: {name: text} to save beside a model.
         """
-        fast.no_truncation()
-        fast.no_padding()
         self.fast, self.files, self.template = fast, files, compile_template(template)
         self.names = {k: t.content for k, t in special_tokens(settings, Path()) if k}
         self.try_template()
@@ -127,9 +124,7 @@ class Tokenizer:
         """render, but "" if the template does not take the messages or hides one."""
         try:
             text = self.render(messages)
-        except UserError as e:
-            if isinstance(e.__context__, MemoryError | TimeoutError):
-                raise
+        except UserError:
             return ""
         return text if all(f"{m['role']}-probe" in text for m in messages) else ""
 
@@ -155,15 +150,16 @@ class Tokenizer:
                  if name == "tokenizer.json" or (path / name).exists()}
         try:
             fast = FastTokenizer.from_str(files["tokenizer.json"])
+            fast.no_truncation()
             fast.no_padding()
-            fast.encode("a \U0010ffff")  # the last is unknown, if anything is
-        except BaseException as e:  # of the tokenizers library: a bare Exception, a panic of Rust
+            fast.encode("a \U0010ffff")  # unknown, if anything is
+        except BaseException as e:  # the library panics, too
             raise UserError(f"{path / 'tokenizer.json'}: {e}") from None
         settings, stop_ids = add_tokens(fast, path), stated_stop_ids(path)
         template = chat_template(path, settings)
         try:
             self = cls(fast, template, settings, stop_ids, files)
-        except Exception as e:  # as above
+        except Exception as e:
             raise UserError(f"{path}: {e}") from None
         if (end := self.turn_end()) not in (None, *(stop_ids or [self.end_id])):
             print(f"{path}: {fast.id_to_token(end)!r} (id {end}) ends a turn in the chat template "
@@ -223,10 +219,10 @@ class Tokenizer:
                 for piece in self.template.generate(messages=messages, add_generation_prompt=True,
                                                     tools=None, documents=None, **self.names):
                     text += piece
-                    if len(text) > LONGEST:
-                        raise ValueError(f"it writes more than {LONGEST:,} characters")
-            text.encode()  # half of a surrogate pair has no ids
-        except Exception as e:  # a template is a program: it may fail in any way
+                    if len(text) > 2e6:
+                        raise ValueError("more than 2,000,000 characters")
+            text.encode()
+        except Exception as e:
             raise UserError(f"the chat template failed: {e!r}") from None
         return text.rstrip().removesuffix(OPEN) if self.opens_thinking else text
 

@@ -48,7 +48,7 @@ def token_of(value, where: str) -> AddedToken:
     flags = ("lstrip", "rstrip", "normalized", "single_word", "special")
     try:
         return AddedToken(value["content"], **{k: value[k] for k in flags if k in value})
-    except (KeyError, TypeError, ValueError):  # the last: half of a surrogate pair
+    except (KeyError, TypeError, ValueError):
         raise UserError(f"{where} cannot be {json.dumps(value)}") from None
 
 
