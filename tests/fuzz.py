@@ -3,8 +3,8 @@
 Seeded mutations of small valid files of every sort that the scripts read, each read as the scripts
 read it. What may come of it: success, or an error that a script prints as one line. A traceback, a
 hang, more than 500 MB, and a file written elsewhere are failures: printed, and the input is kept in
---out. An input depends on (seed, its number) alone. Reading goes on in a process of its own, so that
-a crash of a library is a failure like the others.
+--out. An input depends on (seed, its number) alone. Reading goes on in another process, so that a
+crash of a library is a failure like the others. Linux only.
 """
 
 import argparse
@@ -39,17 +39,24 @@ from ease.lora import add_lora, save_adapter
 from ease.outputs import read_outputs
 from ease.policies import POLICY, load_policy, parse_categories, teacher_messages
 from ease.readers import FORMATS, read_named
-from ease.records import (Record, Response, UserError, read_responses, record_to_dict,
-                          response_to_dict)
+from ease.records import (
+    Record,
+    Response,
+    UserError,
+    read_responses,
+    record_to_dict,
+    response_to_dict,
+)
 from ease.respond import respond
 from ease.tasks import encode_item, read_items
 from tests.tiny import TOKENIZER, VOCAB, tiny_folder, tiny_model
 
-SECONDS, BYTES = 15, 500 * 2**20  # LoRA's regular expressions have 5 seconds, a template has 5
+SECONDS, BYTES = 10, 500 * 2**20  # of computing; a template is tried seven times, a second each
+COMMAND = [sys.executable, "-m", "tests.fuzz"]
 GUARD = 4 * 2**30  # more than this cannot be had: the machine is shared
 THINKING = "<think>\nIt is fine.\n</think>\n\nYes."
-VALUES = {"kind": "benign", "data_type": "vanilla_benign", "label": "safe", "response": THINKING,
-          "categories": ["Self-Harm"], "instances": [{"input": "i", "output": "o"}]}
+VALUES = {"kind": "benign", "data_type": "adversarial_benign", "label": "safe",
+          "response": THINKING, "categories": ["Self-Harm"], "instances": [{"input": "i", "output": "o"}]}
 QUESTIONS = {
     "hellaswag": {"ind": 1, "activity_label": "Riding", "ctx_a": "He sits.", "ctx_b": "then he",
                   "endings": ["rides.", "sings [loud].", "eats.", "sleeps."], "label": "0"},
@@ -110,7 +117,8 @@ def text_files() -> dict[str, tuple[bytes, ...]]:
     """The other text files, by kind."""
     record = Record("1", "hi", "benign")
     row = response_to_dict(Response(record, "yes", "", "yes", "absent", True, False, 0.5,
-                                    {"total": 1, "answer": 1, "reasoning": 0}, 0.1, {"gcg": "safe"}))
+                                    {"total": 1, "answer": 1, "reasoning": 0}, 0.1,
+                                    {"gcg": "safe"}))
     said = {"message": {"content": "Yes.", "reasoning_content": "So."}, "finish_reason": "stop"}
     batch = {"custom_id": "1", "error": None, "response": {"status_code": 200, "body": {
         "choices": [said]}}}
@@ -122,8 +130,8 @@ def text_files() -> dict[str, tuple[bytes, ...]]:
                               ).encode(),),
         "hellaswag": (lines([QUESTIONS["hellaswag"]] * 3),),
         "gsm8k": (lines([QUESTIONS["gsm8k"]] * 7), table([QUESTIONS["gsm8k"]] * 7)),
-        "mmlu": (question.encode(), b"question,choice0,choice1,choice2,choice3,answer\n" * 1
-                 + question.encode())}
+        "mmlu": (question.encode(),
+                 b"question,choice0,choice1,choice2,choice3,answer\n" + question.encode())}
 
 
 # ------------------------------------------------------------------------------------- mutations
@@ -133,13 +141,14 @@ def strange(rng: random.Random):
         lambda: rng.choice([None, True, False, [], {}, [[]], [None], [{}], {"": None}]),
         lambda: rng.choice([0, -1, 1, 2, 3, 7, 2**31, 2**32, 2**53, 2**63, 2**64, 10**14, 10**400]),
         lambda: rng.choice([0.0, -0.5, 0.5, 1e-300, 1e300, float("nan"), float("inf")]),
-        lambda: rng.choice(["", " ", "\n", "a\nb", "\u2028", "\0", "\ud800", "\ud800", "x\udcff", "\x1b[2J",
-                            "\ue000", "<|end|>", "<think>", "</think>", "\U0001f600", "1", "0",
-                            "-1", "9" * 5000, "\u0663", "x" * 200_000, "[" * 20_000]),
+        lambda: rng.choice(["", " ", "\n", "a\nb", "\u2028", "\0", "\ud800", "\ud800", "x\udcff",
+                            "\x1b[2J", "\ue000", "<|end|>", "<think>", "</think>", "\U0001f600",
+                            "1", "0", "-1", "9" * 5000, "\u0663", "x" * 200_000, "[" * 20_000]),
         lambda: rng.choice(["../../../escape", "/etc/passwd", "/tmp/escape", "~", "..", "a/b", "C:",
                             "adapter_model.safetensors", "https://example.org/x"]),
-        lambda: rng.choice(["benign", "harmful", "all-linear", "LORA", "default", "linear", "llama3",
-                            "qwen3", "full_attention", "(a+)+$", "(x*)*y", "[", "silu", "F16"]),
+        lambda: rng.choice(["benign", "harmful", "all-linear", "LORA", "default", "linear",
+                            "llama3", "qwen3", "full_attention", "(a+)+$", "(x*)*y", "[",
+                            "silu", "F16"]),
         lambda: [strange(rng) for _ in range(rng.randrange(4))],
         lambda: {str(strange(rng))[:9]: strange(rng) for _ in range(rng.randrange(3))},
         lambda: f"{DEEP}{rng.choice([50, *range(900, 1000, 9), 5000])}"])()
@@ -177,8 +186,9 @@ def change_json(value, rng: random.Random):
             at[key] = rng.choice([-at[key], at[key] * 2, at[key] + 1, str(at[key]), at[key] // 3])
         else:
             at[key] = strange(rng)
-        if isinstance(other.get(other_key) if isinstance(other, dict) else 0, str) and rng.random() < 0.1:
-            other[other_key] += "\ud800"
+        text = other.get(other_key) if isinstance(other, dict) else None
+        if isinstance(text, str) and rng.random() < 0.1:
+            other[other_key] = text + "\ud800"
     return box[0]
 
 
@@ -210,12 +220,14 @@ def change_bytes(data: bytes, rng: random.Random) -> bytes:
         elif how == 4:
             data[at:at] = data[at:end] * rng.choice([1, 2, 20])
         elif how == 5:
-            data[at:at] = rng.choice([b"\0", b'"', b",", b"\n", b"\r", b"{", b"}", b"[", b"\\", b"]",
-                                      b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"NaN", b"1e999",
-                                      b"\\ud800", b"\xe2\x80\xa8", b"\x1b[31m", b"{% for"])
+            data[at:at] = rng.choice([b"\0", b'"', b",", b"\n", b"\r", b"{", b"}", b"[", b"\\",
+                                      b"]", b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"NaN",
+                                      b"1e999", b"\\ud800", b"\xe2\x80\xa8", b"\x1b[31m",
+                                      b"{% for"])
         elif how == 6:
-            data[:0] = rng.choice([b"PAR1", b"\x1f\x8b", b"BZh9", b"\xff\xfe", b"\xfe\xff", b"PK\3\4",
-                                   b"version https://git-lfs", b"\xef\xbb\xbf", b"[", b"{"])
+            data[:0] = rng.choice([b"PAR1", b"\x1f\x8b", b"BZh9", b"\xff\xfe", b"\xfe\xff",
+                                   b"PK\3\4", b"version https://git-lfs", b"\xef\xbb\xbf", b"[",
+                                   b"{"])
         elif how == 7:
             data = bytearray(gzip.compress(bytes(data), mtime=0))
         else:
@@ -295,14 +307,18 @@ def change_tensors(data: bytes, rng: random.Random) -> bytes:
 
 
 EXPRESSIONS = [
-    "messages", "messages[0].content", "messages[9]", "messages[0]['role']", "loop", "nothing.at.all",
-    "range(10**9)|list", "range(99999)|list", "'x' * 10**10", "'x' * (2 * 10**9)", "10**10**10",
+    "messages", "messages[0].content", "messages[9]", "messages[0]['role']", "loop",
+    "nothing.at.all", "range(10**9)|list", "range(99999)|list", "'x' * 10**10",
+    "'x' * (2 * 10**9)", "10**10**10",
     "[0] * 10**9", "'x'|center(10**10)", "'x'|center(10**9)", "'%1000000000d' % 1", "9**9**9 % 7",
-    "'{:1000000000}'.format(1)", "''.__class__.__mro__", "messages.__class__", "self", "x|indent(10**9)",
+    "'{:1000000000}'.format(1)", "''.__class__.__mro__", "messages.__class__", "self",
+    "x|indent(10**9)",
     "cycler.__init__.__globals__", "raise_exception('one\\ntwo')", "strftime_now('%Y' * 10**6)",
-    "1 // 0", "messages|tojson", "messages.append(1)", "lipsum(n=10**6)", "dict(a=1)|tojson(indent=10**9)",
+    "1 // 0", "messages|tojson", "messages.append(1)", "lipsum(n=10**6)",
+    "dict(a=1)|tojson(indent=10**9)",
     "'\\ud800'", "'\\x00'", "'<think>'", "'\ue000'", "messages|map(attribute='content')|join",
-    "namespace(a=1)", "bos_token", "eos_token * 3", "x ~ x", "x", "[x, x]", "x|replace('a', 'aaaa')",
+    "namespace(a=1)", "bos_token", "eos_token * 3", "x ~ x", "x", "[x, x]",
+    "x|replace('a', 'aaaa')",
     "(messages|string) * 1000", "range(99999)|random", "tools", "'a' < 1", "-messages", "not x",
     "joiner()", "messages|groupby('role')", "('a' * 30)|wordwrap(1)", "range(5)[10**20]", "x[::-1]"]
 
@@ -323,9 +339,10 @@ def template(rng: random.Random, depth: int = 0) -> str:
         lambda: "{% for i in messages recursive %}{{ loop(messages) }}{% endfor %}",
         lambda: "{% set n = namespace(a='x') %}{% for i in range(99) %}{% set n.a = n.a ~ n.a %}"
                 "{% endfor %}",
-        lambda: rng.choice(["{% include 'x' %}", "{% extends '/etc/passwd' %}", "{% import 'os' as o %}",
-                            "{% block a %}{{ self.a() }}{% endblock %}", "{% raw %}", "{#", "{{", "{%",
-                            "{% call f() %}{% endcall %}", "{% generation %}x{% endgeneration %}",
+        lambda: rng.choice(["{% include 'x' %}", "{% extends '/etc/passwd' %}",
+                            "{% import 'os' as o %}", "{% block a %}{{ self.a() }}{% endblock %}",
+                            "{% raw %}", "{#", "{{", "{%", "{% call f() %}{% endcall %}",
+                            "{% generation %}x{% endgeneration %}",
                             "{% filter upper %}x{% endfilter %}", "{% break %}", "(" * 9999]),
         lambda: "{{ " + rng.choice(["(", "[", "not ", "-", "a if ", "f("]) * rng.choice([60, 3000])
                 + " }}",
@@ -364,7 +381,8 @@ def read_task_file(world: Path, file: Path) -> None:
 
 def read_model(world: Path, file: Path) -> None:
     """Also asks it something; the adapter with it where that has been changed."""
-    model = load_model(str(world / "model"), str(file.parent) if file.parent.name == "adapter" else "")
+    adapter = str(file.parent) if file.parent.name == "adapter" else ""
+    model = load_model(str(world / "model"), adapter)
     tokenizer = load_tokenizer(str(world / "model"))
     respond(model, tokenizer, [Record("1", "say <|end|> hi", "benign")], Sampling(2), 1)
 
@@ -444,7 +462,8 @@ class Guard:
         paths = ()
         if event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
             flags = arguments[2] if isinstance(arguments[2], int) else 0
-            if set(arguments[1] or "") & set("wax+") or flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+            if set(arguments[1] or "") & set("wax+") or flags & writes:
                 paths = arguments[:1]
         elif event in ("os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"):
             paths = arguments[:1]
@@ -464,20 +483,20 @@ def limits(out: Path, seconds: float):
     if not Guard.hooked:
         sys.addaudithook(Guard.hook)
         Guard.hooked = True
-    before, old = signal.signal(signal.SIGALRM, stop), resource.getrlimit(resource.RLIMIT_AS)
+    before, old = signal.signal(signal.SIGPROF, stop), resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    faulthandler.dump_traceback_later(3 * seconds + 5, exit=True)  # also while a library computes
+    faulthandler.dump_traceback_later(12 * seconds, exit=True)  # waits, or a library computes
     resource.setrlimit(resource.RLIMIT_AS, (used + GUARD, old[1]))
     Guard.allowed, Guard.seen = os.path.realpath(out) + os.sep, []
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         Guard.allowed = None
         resource.setrlimit(resource.RLIMIT_AS, old)
         faulthandler.cancel_dump_traceback_later()
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGPROF, before)
 
 
 def memory(name: str) -> int:
@@ -489,7 +508,7 @@ def memory(name: str) -> int:
 def failure(read, world: Path, file: Path, seconds: float = SECONDS) -> str:
     """What is wrong with a reading; "" if nothing is."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before, wrong, start = memory("VmRSS"), "", time.time()
+    before, wrong, start = memory("VmRSS"), "", time.process_time()
     try:
         with limits(world / "out", seconds), redirect_stdout(io.StringIO()):
             read(world, file)
@@ -503,7 +522,7 @@ def failure(read, world: Path, file: Path, seconds: float = SECONDS) -> str:
         if isinstance(e, KeyboardInterrupt):
             raise
         wrong = traceback.format_exc()
-    if not wrong and time.time() - start > seconds:
+    if not wrong and time.process_time() - start > seconds:
         wrong = f"more than {seconds} seconds, and the hang was caught"
     if (peak := memory("VmHWM") - before) > BYTES:
         wrong += f"\n{peak / 2**20:.0f} MB"
@@ -564,8 +583,8 @@ def main() -> int:
         worker(at, last, flags.seed, Path(flags.out))
         return 0
     while at < last:
-        command = [sys.executable, "-m", "tests.fuzz", "--worker", "--first", str(at), "--inputs",
-                   str(last - at), "--seed", str(flags.seed), "--out", flags.out]
+        command = [*COMMAND, "--worker", "--first", str(at), "--inputs", str(last - at), "--seed",
+                   str(flags.seed), "--out", flags.out]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                               errors="replace") as process:
             kind, begun = "", at - 1
