@@ -23,20 +23,20 @@ OPEN, CLOSE = THINK_OPEN.strip(), THINK_CLOSE.strip()
 
 @contextmanager
 def bounded():
-    """Within it a template, a program, has one second and 100 MB (on Linux)."""
+    """Within it a template, a program, has 0.5 seconds, 100 MB (on Linux)."""
     if sys.platform != "linux" or threading.current_thread() != threading.main_thread():
         return (yield)
     import resource
 
     def stop(*_):
-        raise TimeoutError("more than a second")
+        raise TimeoutError("more than 0.5 seconds")
 
     pages, memory = Path("/proc/self/statm").read_text().split()[0], resource.RLIMIT_AS
     soft, hard = resource.getrlimit(memory)
     most = min(int(pages) * resource.getpagesize() + 10**8, hard % 2**63)
     signal.signal(signal.SIGVTALRM, stop)
     resource.setrlimit(memory, (most, hard))
-    signal.setitimer(signal.ITIMER_VIRTUAL, 1)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0.5)
     try:
         yield
     finally:
@@ -58,6 +58,7 @@ def compile_template(source: str):
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.intercepted_binops, environment.binop_table = {"**"}, {}  # 9**9**9 has no end
     environment.filters["tojson"] = tojson
     environment.globals |= {"raise_exception": raise_exception,
                             "strftime_now": datetime(2024, 7, 26).strftime}
@@ -153,7 +154,7 @@ class Tokenizer:
             fast.no_truncation()
             fast.no_padding()
             fast.encode("a \U0010ffff")  # unknown, if anything is
-        except BaseException as e:  # the library panics, too
+        except BaseException as e:
             raise UserError(f"{path / 'tokenizer.json'}: {e}") from None
         settings, stop_ids = add_tokens(fast, path), stated_stop_ids(path)
         template = chat_template(path, settings)

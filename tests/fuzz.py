@@ -51,12 +51,13 @@ from ease.respond import respond
 from ease.tasks import encode_item, read_items
 from tests.tiny import TOKENIZER, VOCAB, tiny_folder, tiny_model
 
-SECONDS, BYTES = 10, 500 * 2**20  # of computing; a template is tried seven times, a second each
+SECONDS, BYTES = 10, 500 * 2**20  # of computing; a template is tried seven times
 COMMAND = [sys.executable, "-m", "tests.fuzz"]
 GUARD = 4 * 2**30  # more than this cannot be had: the machine is shared
 THINKING = "<think>\nIt is fine.\n</think>\n\nYes."
 VALUES = {"kind": "benign", "data_type": "adversarial_benign", "label": "safe",
-          "response": THINKING, "categories": ["Self-Harm"], "instances": [{"input": "i", "output": "o"}]}
+          "response": THINKING, "categories": ["Self-Harm"],
+          "instances": [{"input": "i", "output": "o"}]}
 QUESTIONS = {
     "hellaswag": {"ind": 1, "activity_label": "Riding", "ctx_a": "He sits.", "ctx_b": "then he",
                   "endings": ["rides.", "sings [loud].", "eats.", "sleeps."], "label": "0"},
@@ -308,19 +309,19 @@ def change_tensors(data: bytes, rng: random.Random) -> bytes:
 
 EXPRESSIONS = [
     "messages", "messages[0].content", "messages[9]", "messages[0]['role']", "loop",
-    "nothing.at.all", "range(10**9)|list", "range(99999)|list", "'x' * 10**10",
-    "'x' * (2 * 10**9)", "10**10**10",
-    "[0] * 10**9", "'x'|center(10**10)", "'x'|center(10**9)", "'%1000000000d' % 1", "9**9**9 % 7",
+    "nothing.at.all", "range(999999999)|list", "range(99999)|list", "'x' * 9999999999",
+    "'x' * 2000000000", "10**10**10",
+    "[0] * 999999999", "'x'|center(9999999999)", "'x'|center(999999999)", "'%1000000000d' % 1", "9**9**9 % 7",
     "'{:1000000000}'.format(1)", "''.__class__.__mro__", "messages.__class__", "self",
-    "x|indent(10**9)",
-    "cycler.__init__.__globals__", "raise_exception('one\\ntwo')", "strftime_now('%Y' * 10**6)",
-    "1 // 0", "messages|tojson", "messages.append(1)", "lipsum(n=10**6)",
-    "dict(a=1)|tojson(indent=10**9)",
+    "x|indent(999999999)",
+    "cycler.__init__.__globals__", "raise_exception('one\\ntwo')", "strftime_now('%Y' * 999999)",
+    "1 // 0", "messages|tojson", "messages.append(1)", "lipsum(n=999999)",
+    "dict(a=1)|tojson(indent=999999999)",
     "'\\ud800'", "'\\x00'", "'<think>'", "'\ue000'", "messages|map(attribute='content')|join",
     "namespace(a=1)", "bos_token", "eos_token * 3", "x ~ x", "x", "[x, x]",
     "x|replace('a', 'aaaa')",
     "(messages|string) * 1000", "range(99999)|random", "tools", "'a' < 1", "-messages", "not x",
-    "joiner()", "messages|groupby('role')", "('a' * 30)|wordwrap(1)", "range(5)[10**20]", "x[::-1]"]
+    "joiner()", "messages|groupby('role')", "('a' * 30)|wordwrap(1)", "range(5)[99999999999999999999]", "x[::-1]"]
 
 
 def template(rng: random.Random, depth: int = 0) -> str:
