@@ -311,7 +311,8 @@ EXPRESSIONS = [
     "messages", "messages[0].content", "messages[9]", "messages[0]['role']", "loop",
     "nothing.at.all", "range(999999999)|list", "range(99999)|list", "'x' * 9999999999",
     "'x' * 2000000000", "10**10**10",
-    "[0] * 999999999", "'x'|center(9999999999)", "'x'|center(999999999)", "'%1000000000d' % 1", "9**9**9 % 7",
+    "[0] * 999999999", "'x'|center(9999999999)", "'x'|center(999999999)", "'%1000000000d' % 1",
+    "9**9**9 % 7",
     "'{:1000000000}'.format(1)", "''.__class__.__mro__", "messages.__class__", "self",
     "x|indent(999999999)",
     "cycler.__init__.__globals__", "raise_exception('one\\ntwo')", "strftime_now('%Y' * 999999)",
@@ -321,7 +322,8 @@ EXPRESSIONS = [
     "namespace(a=1)", "bos_token", "eos_token * 3", "x ~ x", "x", "[x, x]",
     "x|replace('a', 'aaaa')",
     "(messages|string) * 1000", "range(99999)|random", "tools", "'a' < 1", "-messages", "not x",
-    "joiner()", "messages|groupby('role')", "('a' * 30)|wordwrap(1)", "range(5)[99999999999999999999]", "x[::-1]"]
+    "joiner()", "messages|groupby('role')", "('a' * 30)|wordwrap(1)", "range(5)[99999999999999999999]",
+    "x[::-1]"]
 
 
 def template(rng: random.Random, depth: int = 0) -> str:
@@ -454,7 +456,7 @@ def make_input(kind: str, rng: random.Random, world: Path) -> dict[Path, bytes]:
 class Guard:
     """Writes outside `allowed`, seen by Python's audit hook, which stays for ever: one for all."""
 
-    allowed, seen, hooked = None, [], False
+    allowed, seen, hooked, hung = None, [], False, False
 
     @classmethod
     def hook(cls, event: str, arguments: tuple) -> None:
@@ -479,6 +481,7 @@ class Guard:
 def limits(out: Path, seconds: float):
     """Within it: a time limit, a memory that can be had, and writes that are noted."""
     def stop(*_):
+        Guard.hung = True
         raise Hang
 
     if not Guard.hooked:
@@ -488,7 +491,7 @@ def limits(out: Path, seconds: float):
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     faulthandler.dump_traceback_later(12 * seconds, exit=True)  # waits, or a library computes
     resource.setrlimit(resource.RLIMIT_AS, (used + GUARD, old[1]))
-    Guard.allowed, Guard.seen = os.path.realpath(out) + os.sep, []
+    Guard.allowed, Guard.seen, Guard.hung = os.path.realpath(out) + os.sep, [], False
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
@@ -509,7 +512,7 @@ def memory(name: str) -> int:
 def failure(read, world: Path, file: Path, seconds: float = SECONDS) -> str:
     """What is wrong with a reading; "" if nothing is."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before, wrong, start = memory("VmRSS"), "", time.process_time()
+    before, wrong = memory("VmRSS"), ""
     try:
         with limits(world / "out", seconds), redirect_stdout(io.StringIO()):
             read(world, file)
@@ -523,7 +526,7 @@ def failure(read, world: Path, file: Path, seconds: float = SECONDS) -> str:
         if isinstance(e, KeyboardInterrupt):
             raise
         wrong = traceback.format_exc()
-    if not wrong and time.process_time() - start > seconds:
+    if Guard.hung and not wrong:
         wrong = f"more than {seconds} seconds, and the hang was caught"
     if (peak := memory("VmHWM") - before) > BYTES:
         wrong += f"\n{peak / 2**20:.0f} MB"
