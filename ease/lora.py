@@ -163,7 +163,7 @@ def load_adapter(model: CausalLM, path: str | Path) -> None:
     path = Path(path)
     config, stored = read_adapter_config(path), read_tensors(path / ADAPTER)
     rank = config["r"]
-    if {tuple(t.shape[:1]) for n, t in stored.items() if ".lora_A." in n} != {(rank,)}:
+    if {t.numel() and t.shape[:1] for n, t in stored.items() if ".lora_A." in n} != {(rank,)}:
         raise UserError(f"{path}: r = {rank} in adapter_config.json is not that of the weights")
     add_lora(model, rank, config["lora_alpha"], config["target_modules"],
              rslora=bool(config.get("use_rslora")), strict=False)

@@ -134,7 +134,7 @@ def command_line(main: Callable, cls: type) -> None:
                    "(training) or --slots (generation) goes on")
     except KeyboardInterrupt:
         message = "stopped; the same command goes on from the last checkpoint"
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -86,7 +86,9 @@ def read_items(task: str, files: list[tuple[str, str]], limit: int = 0) -> list[
         rows = read_table(file, read_text(path), columns) if task == "mmlu" else read_rows(file)
         for row in rows:
             try:
-                yield question(task, row)
+                item = question(task, row)
+                "".join([item.context, *(item.choices or [item.gold])]).encode()
+                yield item
             except (KeyError, TypeError, ValueError, AttributeError):
                 raise UserError(f"{row.where}: {task} needs {columns}") from None
 

@@ -2,6 +2,10 @@
 
 import json
 import re
+import signal
+import sys
+import threading
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -15,7 +19,29 @@ from ease.records import UserError, check_text, read_text
 from ease.tokenizer_files import FILES, add_tokens, chat_template, special_tokens, stated_stop_ids
 
 OPEN, CLOSE = THINK_OPEN.strip(), THINK_CLOSE.strip()
-LONGEST = 10_000_000  # characters; a template that writes more does not come to an end
+
+
+@contextmanager
+def bounded():
+    """Within it a template, a program, has 0.5 seconds, 100 MB (on Linux)."""
+    if sys.platform != "linux" or threading.current_thread() != threading.main_thread():
+        return (yield)
+    import resource
+
+    def stop(*_):
+        raise TimeoutError("more than 0.5 seconds")
+
+    pages, memory = Path("/proc/self/statm").read_text().split()[0], resource.RLIMIT_AS
+    soft, hard = resource.getrlimit(memory)
+    most = min(int(pages) * resource.getpagesize() + 10**8, hard % 2**63)
+    signal.signal(signal.SIGVTALRM, stop)
+    resource.setrlimit(memory, (most, hard))
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0.5)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        resource.setrlimit(memory, (soft, hard))
 
 
 def compile_template(source: str):
@@ -32,14 +58,16 @@ def compile_template(source: str):
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.intercepted_binops, environment.binop_table = {"**"}, {}  # 9**9**9 has no end
     environment.filters["tojson"] = tojson
     environment.globals |= {"raise_exception": raise_exception,
                             "strftime_now": datetime(2024, 7, 26).strftime}
     # {% generation %} marks the assistant's text. Here it is a mere block with its own scope.
     source = re.sub(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})", r"\1\2with\3", source)
     try:
-        return environment.from_string(source)
-    except Exception as e:  # mostly TemplateError, but not only
+        with bounded():
+            return environment.from_string(source)
+    except Exception as e:
         raise UserError(f"the chat template is not valid: {e!r}") from None
 
 
@@ -63,8 +91,6 @@ class Tokenizer:
         """settings: as in tokenizer_config.json; stop_ids: ends of a response by the model's files;
         files: {name: text} to save beside a model.
         """
-        fast.no_truncation()
-        fast.no_padding()
         self.fast, self.files, self.template = fast, files, compile_template(template)
         self.names = {k: t.content for k, t in special_tokens(settings, Path()) if k}
         self.try_template()
@@ -125,13 +151,16 @@ class Tokenizer:
                  if name == "tokenizer.json" or (path / name).exists()}
         try:
             fast = FastTokenizer.from_str(files["tokenizer.json"])
-        except Exception as e:  # the tokenizers library raises a bare Exception
+            fast.no_truncation()
+            fast.no_padding()
+            fast.encode("a \U0010ffff")  # unknown, if anything is
+        except BaseException as e:
             raise UserError(f"{path / 'tokenizer.json'}: {e}") from None
         settings, stop_ids = add_tokens(fast, path), stated_stop_ids(path)
         template = chat_template(path, settings)
         try:
             self = cls(fast, template, settings, stop_ids, files)
-        except UserError as e:
+        except Exception as e:
             raise UserError(f"{path}: {e}") from None
         if (end := self.turn_end()) not in (None, *(stop_ids or [self.end_id])):
             print(f"{path}: {fast.id_to_token(end)!r} (id {end}) ends a turn in the chat template "
@@ -187,12 +216,14 @@ class Tokenizer:
             messages = [as_parts(m) for m in messages]
         text = ""
         try:
-            for piece in self.template.generate(messages=messages, add_generation_prompt=True,
-                                                tools=None, documents=None, **self.names):
-                text += piece
-                if len(text) > LONGEST:
-                    raise ValueError(f"it writes more than {LONGEST:,} characters")
-        except Exception as e:  # a template is a program: it may fail in any way
+            with bounded():
+                for piece in self.template.generate(messages=messages, add_generation_prompt=True,
+                                                    tools=None, documents=None, **self.names):
+                    text += piece
+                    if len(text) > 2e6:
+                        raise ValueError("more than 2,000,000 characters")
+            text.encode()
+        except Exception as e:
             raise UserError(f"the chat template failed: {e!r}") from None
         return text.rstrip().removesuffix(OPEN) if self.opens_thinking else text
 

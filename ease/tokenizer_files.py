@@ -44,11 +44,11 @@ def chat_template(path: Path, settings: dict) -> str:
 def token_of(value, where: str) -> AddedToken:
     """A token as JSON has it: a text, or an object with its "content" and how it is matched."""
     if isinstance(value, str):
-        return AddedToken(value, special=True)
+        value = {"content": value, "special": True}
     flags = ("lstrip", "rstrip", "normalized", "single_word", "special")
     try:
         return AddedToken(value["content"], **{k: value[k] for k in flags if k in value})
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, ValueError):
         raise UserError(f"{where} cannot be {json.dumps(value)}") from None
 
 
@@ -91,7 +91,7 @@ def add_tokens(fast: FastTokenizer, path: Path) -> dict:
     settings, stated = read_settings(path, known), {}
     texts = {token.content for token in known.values()}
     for i, value in settings["added_tokens_decoder"].items():
-        if not i.isdecimal():
+        if not i.isdecimal() or len(i) > 9:
             raise UserError(f"{path}: the id of an added token cannot be {i}: {json.dumps(value)}")
         stated[int(i)] = token = token_of(value, f"{path}: added token {i}")
         token.special |= token.content not in texts and token.content[:1] in ("<", "[")

@@ -178,6 +178,17 @@ def test_adapters_load_strictly(tmp_path):
         load_adapter(tiny_model(), tmp_path)
 
 
+def test_a_rank_without_numbers(tmp_path):
+    """An empty tensor may say that the rank is 10^9: matrices of that size would be made."""
+    save_adapter(trained(), tmp_path, "base")
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    save_file({n: torch.zeros(10**9, 0) for n in tensors}, tmp_path / "adapter_model.safetensors")
+    config = json.loads((tmp_path / "adapter_config.json").read_text()) | {"r": 10**9}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="r = 1000000000 in adapter_config.json is not that of the"):
+        load_adapter(tiny_model(), tmp_path)
+
+
 def test_a_rank_is_positive():
     for rank in (0, -2):
         with pytest.raises(UserError, match=f"positive rank, not {rank}"):

@@ -97,7 +97,8 @@ def run_main(monkeypatch, error, argv=("--out", "o")):
     (UserError("file:3: field 'x'"), "error: file:3: field 'x'"),
     (torch.cuda.OutOfMemoryError(), "--batch_tokens"),
     (OSError(28, "No space left on device", "f"), "No space left on device: 'f'"),
-    (SafetensorError("no space"), "error: no space"), (KeyboardInterrupt(), "goes on")])
+    (SafetensorError("no space"), "error: no space"), (KeyboardInterrupt(), "goes on"),
+    (UserError("a column 'x\ny\u2028z'"), "error: a column 'x y z'\n")])
 def test_mistakes_are_one_line_and_status_2(error, message, capsys, monkeypatch):
     with pytest.raises(SystemExit) as e:
         run_main(monkeypatch, error)

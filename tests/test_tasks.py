@@ -89,7 +89,10 @@ def test_mistakes_in_tasks(spec):
     ("hellaswag", {"endings": ENDINGS[:3]}, "needs"), ("hellaswag", {"endings": "abc"}, "needs"),
     ("hellaswag", {"endings": ["[x]", *"abc"]}, "needs"), ("hellaswag", {"endings": 3}, "needs"),
     ("gsm8k", {"answer": "4"}, "x.jsonl:2: gsm8k needs question, answer"),
-    ("gsm8k", {"question": None}, "needs"), ("gsm8k", {"answer": 4}, "needs")])
+    ("gsm8k", {"question": None}, "needs"), ("gsm8k", {"answer": 4}, "needs"),
+    ("gsm8k", {"answer": ["#### "]}, "needs"), ("gsm8k", {"question": "\ud83d"}, "needs"),
+    ("gsm8k", {"answer": "\ud83d #### 4"}, "needs"),
+    ("hellaswag", {"endings": ["\ud83d", *"abc"]}, "needs")])
 def test_mistakes_in_rows(task, row, message, tmp_path):
     good = HELLASWAG if task == "hellaswag" else SUM
     file = write_lines(tmp_path / "x.jsonl", [good, {**good, **row}])

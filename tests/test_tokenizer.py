@@ -1,4 +1,8 @@
 import json
+import resource
+import signal
+import sys
+import threading
 from datetime import datetime
 
 import pytest
@@ -174,7 +178,7 @@ OWN_TEMPLATES = {
     "changes a message": "{% set _ = messages.append({'role': 'x'}) %}",
     "changes a dict": "{{ messages[0].update({'content': 'y'}) }}",
     "underscores": "{{ messages.__class__ }}", "a class": "{{ ''.__class__.__mro__ }}",
-    "too long a loop": "{% for i in range(10**9) %}x{% endfor %}",
+    "too long a loop": "{% for i in range(1000000000) %}x{% endfor %}",
     "no such filter": "{{ messages | nope }}", "syntax": "{% for %}",
 }
 
@@ -214,10 +218,11 @@ def test_a_prompt_is_the_same_every_day(tmp_path):
 
 
 @pytest.mark.parametrize("template, message", [
-    ("{% for i in range(10**9) %}x{% endfor %}", "Range too big"),
+    ("{% for i in range(1000000000) %}x{% endfor %}", "Range too big"),
     ("{% for i in range(99999) %}{% for j in range(99999) %}{{ messages }}{% endfor %}{% endfor %}",
-     "writes more than 10,000,000 characters"),
+     "more than 2,000,000 characters"),
     ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+    ("{{ '\\ud800' }}", "UnicodeEncodeError"),
     ("{{ raise_exception('one\ntwo') }}", r"one\\ntwo"),
     ("{{ raise_exception('') }}", "TemplateError"),
     ("{{ 1 // 0 }}", "ZeroDivisionError")])
@@ -225,6 +230,50 @@ def test_a_template_that_fails_is_one_line(tmp_path, template, message):
     with pytest.raises(UserError, match="the chat template failed.*" + message) as e:
         Tokenizer.from_dir(folder(tmp_path, chat_template=template)).user_prompt("hi")
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit of this system")
+@pytest.mark.parametrize("template, message", [
+    ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "0.5 sec"),
+    ("{% set n = namespace(a='x') %}{% for i in range(40) %}{% set n.a = n.a ~ n.a %}{% endfor %}",
+     "MemoryError"),
+    ("{{ 'x' * 10000000000 }}", "MemoryError"), ("{{ 'x'|center(10000000000) }}", "MemoryError"),
+    ("{{ 10**(10**10) }}", "KeyError"), ("{{ 2 ** 3 }}", "KeyError")])
+def test_a_template_that_does_not_end(tmp_path, template, message):
+    """Neither to be waited for nor to be given the machine's memory; afterwards no limit is left.
+    """
+    before = resource.getrlimit(resource.RLIMIT_AS), TOKENIZER.user_prompt("hi")
+    with pytest.raises(UserError, match="the chat template .*" + message):
+        Tokenizer.from_dir(folder(tmp_path, chat_template=template)).user_prompt("hi")
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+    assert before == (resource.getrlimit(resource.RLIMIT_AS), TOKENIZER.user_prompt("hi"))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 4 * 2**20  # KiB
+
+
+def test_a_template_in_a_thread_has_no_limit(tmp_path):
+    """Python has signals in its main thread only."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(TOKENIZER.user_prompt("hi")))
+    thread.start()
+    thread.join()
+    assert found == [TOKENIZER.user_prompt("hi")]
+
+
+@pytest.mark.parametrize("changes", [
+    {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},  # a panic when read
+    {"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "x"}},  # when used
+    {"model": {"type": "WordLevel", "vocab": {"x": 0}, "unk_token": "nope"}},
+    {"padding": {"strategy": {"Fixed": 10**12}, "direction": "Right", "pad_to_multiple_of": None,
+                 "pad_id": 0, "pad_type_id": 0, "pad_token": "x"}, "model": {"type": "nope"}},
+    {"model": {"vocab": {"far": 4294967295}}}])
+def test_a_tokenizer_that_the_library_does_not_take(tmp_path, changes):
+    file = folder(tmp_path) / "tokenizer.json"
+    spec = json.loads(file.read_text())
+    vocab = spec["model"]["vocab"] | changes.get("model", {}).get("vocab", {})
+    spec |= changes | {"model": spec["model"] | changes.get("model", {}) | {"vocab": vocab}}
+    file.write_text(json.dumps(spec))
+    with pytest.raises(UserError, match=str(tmp_path)):
+        Tokenizer.from_dir(tmp_path)
 
 
 def test_named_templates(tmp_path):

@@ -206,11 +206,13 @@ WRONG = [
     *[("tokenizer_config.json", CONFIG | {"chat_template": c}, "no chat template .*_config.json")
       for c in (4, "", ["a"], {"a": "b"}, [{"name": []}], [{"name": "default", "template": 3}])],
     *[("tokenizer_config.json", CONFIG | {"added_tokens_decoder": c}, m) for c, m in [
-        ({"x": token("y")}, "cannot be x"), ({"-1": token("y")}, "cannot be -1"),
+        ({"x": token("y")}, "cannot be x"), ({"9" * 5000: token("y")}, "cannot be 99"),
+        ({"-1": token("y")}, "cannot be -1"),
         ({"5": ["a"]}, "added token 5"), ({"5": None}, "added token 5"),
         ({"5": {"lstrip": True}}, "added token 5"), ({"5": token("y", lstrip=1)}, "token 5")]],
     ("tokenizer_config.json", CONFIG | {"eos_token": {"text": "<|end|>"}}, "eos_token"),
     ("tokenizer_config.json", CONFIG | {"extra_special_tokens": [3]}, "special token cannot be 3"),
+    ("tokenizer_config.json", CONFIG | {"bos_token": "\ud83d"}, "bos_token cannot be .*ud83d"),
     ("special_tokens_map.json", {"eos_token": 3}, "special_tokens_map.json.*eos_token"),
     ("special_tokens_map.json", {"pad_token": []}, "special_tokens_map.json.*pad_token"),
     ("added_tokens.json", {"<|pic|>": "x"}, "id of an added token"),
