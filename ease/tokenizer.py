@@ -19,28 +19,30 @@ from ease.records import UserError, check_text, read_text
 from ease.tokenizer_files import FILES, add_tokens, chat_template, special_tokens, stated_stop_ids
 
 OPEN, CLOSE = THINK_OPEN.strip(), THINK_CLOSE.strip()
+LONGEST = 2_000_000  # characters; a template that writes more does not come to an end
 
 
 @contextmanager
 def bounded():
-    """Within it a template, a program, has 0.5 seconds, 100 MB (on Linux)."""
+    """Within it a template, which is a program, has a second and 200 MB (on Linux)."""
     if sys.platform != "linux" or threading.current_thread() != threading.main_thread():
         return (yield)
     import resource
 
     def stop(*_):
-        raise TimeoutError("more than 0.5 seconds")
+        raise TimeoutError("more than a second")
 
     pages, memory = Path("/proc/self/statm").read_text().split()[0], resource.RLIMIT_AS
     soft, hard = resource.getrlimit(memory)
-    most = min(int(pages) * resource.getpagesize() + 10**8, hard % 2**63)
-    signal.signal(signal.SIGVTALRM, stop)
+    most = min(int(pages) * resource.getpagesize() + 2 * 10**8, hard % 2**63)
+    before = signal.signal(signal.SIGALRM, stop)
     resource.setrlimit(memory, (most, hard))
-    signal.setitimer(signal.ITIMER_VIRTUAL, 0.5)
+    signal.setitimer(signal.ITIMER_REAL, 1)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
         resource.setrlimit(memory, (soft, hard))
 
 
@@ -67,7 +69,7 @@ def compile_template(source: str):
     try:
         with bounded():
             return environment.from_string(source)
-    except Exception as e:
+    except Exception as e:  # mostly TemplateError, but not only
         raise UserError(f"the chat template is not valid: {e!r}") from None
 
 
@@ -91,8 +93,9 @@ class Tokenizer:
         """settings: as in tokenizer_config.json; stop_ids: ends of a response by the model's files;
         files: {name: text} to save beside a model.
         """
-        self.fast, self.files, self.template = fast, files, compile_template(template)
+        self.fast, self.files = fast, files
         self.names = {k: t.content for k, t in special_tokens(settings, Path()) if k}
+        self.template = compile_template(template)
         self.try_template()
         # Special ones, ends of a response, and what the template writes besides (R1's "<|User|>").
         # Think markers are the model's to write.
@@ -119,12 +122,16 @@ class Tokenizer:
         self.content_as_parts = not self.tried([user]) and bool(self.tried([as_parts(user)]))
         self.takes_system = bool(self.tried([system, user]))
         self.conversation = self.tried([system] * self.takes_system + [user, assistant, user])
+        if not self.tried([user]):
+            with bounded():
+                self.render([user])  # says why, if it fails
         self.opens_thinking = self.tried([user]).rstrip().endswith(OPEN)
 
     def tried(self, messages: list[dict]) -> str:
         """render, but "" if the template does not take the messages or hides one."""
         try:
-            text = self.render(messages)
+            with bounded():
+                text = self.render(messages)
         except UserError:
             return ""
         return text if all(f"{m['role']}-probe" in text for m in messages) else ""
@@ -216,14 +223,13 @@ class Tokenizer:
             messages = [as_parts(m) for m in messages]
         text = ""
         try:
-            with bounded():
-                for piece in self.template.generate(messages=messages, add_generation_prompt=True,
-                                                    tools=None, documents=None, **self.names):
-                    text += piece
-                    if len(text) > 2e6:
-                        raise ValueError("more than 2,000,000 characters")
-            text.encode()
-        except Exception as e:
+            for piece in self.template.generate(messages=messages, add_generation_prompt=True,
+                                                tools=None, documents=None, **self.names):
+                text += piece
+                if len(text) > LONGEST:
+                    raise ValueError(f"it writes more than {LONGEST:,} characters")
+            text.encode()  # no half of a surrogate pair
+        except Exception as e:  # a template is a program: it may fail in any way
             raise UserError(f"the chat template failed: {e!r}") from None
         return text.rstrip().removesuffix(OPEN) if self.opens_thinking else text
 

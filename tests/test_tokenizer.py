@@ -234,7 +234,7 @@ def test_a_template_that_fails_is_one_line(tmp_path, template, message):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a limit of this system")
 @pytest.mark.parametrize("template, message", [
-    ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "0.5 sec"),
+    ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "a second"),
     ("{% set n = namespace(a='x') %}{% for i in range(40) %}{% set n.a = n.a ~ n.a %}{% endfor %}",
      "MemoryError"),
     ("{{ 'x' * 10000000000 }}", "MemoryError"), ("{{ 'x'|center(10000000000) }}", "MemoryError"),
@@ -245,7 +245,7 @@ def test_a_template_that_does_not_end(tmp_path, template, message):
     before = resource.getrlimit(resource.RLIMIT_AS), TOKENIZER.user_prompt("hi")
     with pytest.raises(UserError, match="the chat template .*" + message):
         Tokenizer.from_dir(folder(tmp_path, chat_template=template)).user_prompt("hi")
-    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
     assert before == (resource.getrlimit(resource.RLIMIT_AS), TOKENIZER.user_prompt("hi"))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 4 * 2**20  # KiB
 
