@@ -14,7 +14,7 @@
 (--prompts) and should get the steps of both phases (--steps). --method refusal on --refusals and
 --general alone is the shallow baseline.
 
---method finetune --init EASE/adapter: plain SFT on --general, a later task (ease/anchor.py).
+--method finetune: SFT on --general, a later task (ease/anchor.py).
 
 --held_out N: choose --lr and --steps by the loss on N rows kept out of training.
 """
@@ -102,8 +102,9 @@ def read_sets(cfg: Config) -> Sets:
             raise UserError(f"{cfg.diagnostic}: row {r.id!r} is {r.kind}: D_diag is adversarial, "
                             "as in the paper; plain harmful prompts belong to --refusals, benign "
                             "ones to --general")
-    checked = ((cfg.general, sets.general, "benign"), (cfg.refusals, sets.refusals, "harmful"))
-    for path, records, kind in checked[: 1 if cfg.method == "finetune" else 2]:
+    refusals = sets.refusals * (cfg.method != "finetune")
+    for path, records, kind in ((cfg.refusals, refusals, "harmful"),
+                                (cfg.general, sets.general, "benign")):
         for r in records:
             if r.kind != kind or not r.response:
                 raise UserError(f"{path}: row {r.id!r} must be of kind {kind} and have a response")
@@ -111,12 +112,12 @@ def read_sets(cfg: Config) -> Sets:
 
 
 def check_finetune(cfg: Config) -> None:
-    """Flags of --method finetune with others; others' with it."""
-    own, finetune = {f.name for f in fields(FinetuneFlags)}, cfg.method == "finetune"
-    used = own.union(("method", "model", "init", "general", "refusals"),
-                     (f.name for f in fields(TrainingFlags)))
+    """Flags of --method finetune elsewhere; others' with it."""
+    finetune = cfg.method == "finetune"
+    own, both = ({f.name for f in fields(c)} for c in (FinetuneFlags, TrainingFlags))
+    both |= {"method", "model", "init", "general", "refusals"}
     for f in fields(cfg):
-        wrong = f.name not in used if finetune else f.name in own
+        wrong = f.name not in own | both if finetune else f.name in own
         if wrong and getattr(cfg, f.name) != f.default:
             raise UserError(f"--{f.name} is {'not ' * finetune}for --method finetune")
     if not cfg.refusals and (cfg.safety_weight or not finetune):
@@ -125,9 +126,6 @@ def check_finetune(cfg: Config) -> None:
 
 def check_flags(cfg: Config, sets: Sets) -> None:
     """The mistakes that can be seen before anything is loaded or written."""
-    check_finetune(cfg)
-    if cfg.method == "finetune":
-        return
     for name in ("init", "region", "probe", "lookalikes", "probe_samples"):
         if cfg.method != "ease" and getattr(cfg, name) != getattr(Config, name):
             raise UserError(f"--{name} is for --method ease: the {cfg.method} baseline starts at "
@@ -270,7 +268,7 @@ def fit(cfg: Config, run: Path, mixture: list[Record], held: list[Record], place
         rows = [examples[i] for micro in plan[step] for i in micro]
         count = Counter(role for e in rows for role in e.roles if role)
         total = sum(weight[role] * n for role, n in count.items())
-        n_held = sum(count[role] for role in anchored) or 1
+        n_kl = sum(count[role] for role in anchored) or 1
         sums = torch.zeros(4, device=place.device)  # of the losses, by role; of the anchor's
         for micro in my_share(plan[step]):
             batch = collate([examples[i] for i in micro], place.device)
@@ -280,8 +278,7 @@ def fit(cfg: Config, run: Path, mixture: list[Record], held: list[Record], place
             losses = in_chunks(lambda h, y, w: gated_cross_entropy(model.logits(h), y, w),
                                hidden, targets, torch.tensor(weight, device=place.device)[roles])
             kl = anchor(hidden, roles, micro)  # (M,)
-            # divided once, by the weight, or the count, of the step
-            (losses.sum() / total + cfg.safety_weight * kl.sum() / n_held).backward()
+            (losses.sum() / total + cfg.safety_weight * kl.sum() / n_kl).backward()  # divided once
             sums.index_add_(0, roles, losses.detach())
             sums[0] += kl.detach().sum()
         sum_over_ranks(optimizer, sums)
@@ -290,7 +287,7 @@ def fit(cfg: Config, run: Path, mixture: list[Record], held: list[Record], place
         norm = optimizer_step(optimizer, lr, cfg.clip, loss, where)
         of_role = {name: sums[role].item() / (weight[role] * count[role])
                    if weight[role] * count[role] else None for name, role in ROLES.items()}
-        log(run, step=step, loss=loss, **of_role, safety_kl=sums[0].item() / n_held, lr=lr,
+        log(run, step=step, loss=loss, **of_role, safety_kl=sums[0].item() / n_kl, lr=lr,
             grad_norm=norm, tokens=count.total())
         bar.set_postfix(loss=f"{loss:.3f}", gate=f"{of_role['gate'] or 0:.3f}")
         if (step + 1) % cfg.save_every == 0 or step + 1 == steps:
@@ -306,7 +303,9 @@ def main(cfg: Config) -> None:
         mixture = wait_for(Path(cfg.out) / "mixture.jsonl")
         return fit(cfg, Path(cfg.out), read_jsonl(mixture), [], pick_place(cfg))
     sets = read_sets(cfg)
-    check_flags(cfg, sets)
+    check_finetune(cfg)
+    if cfg.method != "finetune":
+        check_flags(cfg, sets)
     base, adapter = base_and_adapter(cfg.model, cfg.init)
     # resolved first: a mistyped name must not cost the probe and the traces
     models = [str(resolve(name)) for name in dict.fromkeys((cfg.model, base, cfg.teacher)) if name]

@@ -66,7 +66,7 @@ SETS = {
     "test": ("test", {
         "adversarial_harmful": 192, "adversarial_benign": 192,
         "harmful": 192, "benign": 96, "skill": 96}),
-    "task": ("train", {"form": 320}),
+    "task": ("train", {"benign": 80, "skill": 80, "form": 160}),
     "task_test": ("test", {"form": 96}),
 }
 

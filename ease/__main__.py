@@ -24,7 +24,7 @@ class Config:
     seed: int = 0  # of the world and of every run in it
     out: str = ""  # where the runs go; default runs/toy for seed 0, runs/toy-N for seed N
     fast: bool = False  # a smoke run of about a minute: the numbers mean nothing
-    finetune: bool = False  # what later fine-tuning does to EASE instead: data/finetune.py
+    finetune: bool = False  # data/finetune.py instead, of this seed
 
 
 @dataclass

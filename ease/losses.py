@@ -77,9 +77,9 @@ def topk_kl(log_p: Tensor, ids: Tensor, student_logits: Tensor, tau: float = 1.0
 
 
 def safety_kl(student_logits: Tensor, reference: Tensor, tokens: Tensor) -> Tensor:
-    """The safety anchor: KL(p || q) over |S| + 1 classes, safety tokens (S,) and ONE of all others.
-    p: the aligned model's, reference (N, S + 1) by with_rest; q: the student's, logits (N, V) ->
-    (N,). After PACT; the last class is ours: without it mass leaves S at no cost.
+    """The safety anchor: KL(p || q) over |S| + 1 classes, tokens (S,) and ONE of all others. p: the
+    aligned model's, reference (N, S + 1) by with_rest; q: the student's, logits (N, V) -> (N,).
+    After PACT; the last class is ours: without it mass leaves S at no cost.
     """
     return topk_kl(reference.detach(), tokens.expand(len(reference), -1), student_logits)
 
@@ -87,13 +87,10 @@ def safety_kl(student_logits: Tensor, reference: Tensor, tokens: Tensor) -> Tens
 def pact_kl(student_logits: Tensor, full: Tensor, post: Tensor, places: Tensor, tokens: Tensor,
             weights: Tensor, tau: float = 2.0) -> Tensor:
     """PACT's term (code of arXiv 2603.07445), all inside S: tau^2 KL(q || softmax(s_t / tau)) with
-
-        q ~ w softmax(z / tau),  z = (1 - c) f_t + c p_t,
-        c = sigmoid(2 (I(s_t) - I(p_t))) exp(-max(t - 8, 0) / 8)
-
-    full, post (N, S): f_t, p_t, the aligned model's logits with and without the prompt; w (S,); t:
-    places (N,) in the answer; I: the share of S with 90% of the mass. logits (N, V) -> (N,), not 0
-    at the reference.
+    q ~ w softmax(((1 - c) f_t + c p_t) / tau), c = sigmoid(2 (I(s_t) - I(p_t))) exp(-max(t - 8, 0)
+    / 8). full, post (N, S): f_t, p_t, the aligned model's logits with and without the prompt; w
+    (S,); t: places (N,) in the answer; I: the share of S with 90% of the mass; logits (N, V) ->
+    (N,). Not 0 at the reference.
     """
     def spread(z: Tensor) -> Tensor:  # I, (N,)
         mass = z.softmax(-1).sort(-1, descending=True).values.cumsum(-1)
@@ -101,8 +98,8 @@ def pact_kl(student_logits: Tensor, full: Tensor, post: Tensor, places: Tensor, 
 
     s = student_logits[:, tokens].float()  # (N, S)
     c = torch.sigmoid(2 * (spread(s) - spread(post))) * torch.exp(-(places - 8).clamp(min=0) / 8)
-    q = weights * (torch.lerp(full, post, c[:, None]) / tau).softmax(-1)  # (N, S)
-    q = (q / q.sum(-1, keepdim=True)).detach()
+    p = (torch.lerp(full, post, c[:, None]) / tau).softmax(-1)
+    q = F.normalize(weights * p, p=1, dim=-1).detach()  # (N, S)
     return tau**2 * F.kl_div((s / tau).log_softmax(-1), q, reduction="none").sum(-1)
 
 

@@ -73,7 +73,7 @@ FREE = {"out", "slots", "batch_tokens", "save_every", "device", "other_code",
 RANGES = {"kl_weight": (0, 1), "warmup": (0, 1), "poison_share": (0, 0.5), "top_p": (1e-6, 1),
           "kl_temperature": (1e-6, math.inf)} | dict.fromkeys(
     ("batch_size", "batch_tokens", "slots", "save_every", "max_new_tokens", "probe_tokens",
-     "attempts", "max_length", "safety_tokens"), (1, math.inf))
+     "attempts", "max_length"), (1, math.inf))
 
 
 def parse_config(cls: type, argv: list[str] | None = None):
