@@ -245,14 +245,13 @@ def direct_records(records: list[Record], probed: list[Response], refusals: list
     return direct
 
 
-def fit(cfg: Config, run: Path, mixture: list[Record], held: list[Record], place: Place) -> None:
+def fit(cfg: Config, run: Path, mixed: list[Record], held: list[Record], place: Place) -> None:
     """Step 5: SFT on the mixture, by the gated-reasoning cross-entropy over the tokens of an
     optimizer step, L = sum_t w(role_t) CE_t / sum_t w(role_t) [+ --safety_weight mean_t KL_t].
     """
     tokenizer = load_tokenizer(cfg.model)
     model, base = load_trainable(cfg, cfg.model, cfg.init, place)
-    examples, kept_out = encode_data(run, tokenizer, mixture, held, cfg.max_length,
-                                     model.config.context)
+    examples, kept = encode_data(run, tokenizer, mixed, held, cfg.max_length, model.config.context)
     steps = count_steps(len(examples), cfg.batch_size, cfg.steps, cfg.epochs)
     plan = plan_batches([len(e.ids) for e in examples], cfg.batch_size, cfg.batch_tokens, cfg.seed,
                         steps)
@@ -263,8 +262,8 @@ def fit(cfg: Config, run: Path, mixture: list[Record], held: list[Record], place
     start = resume(run, model, optimizer)
     bar = tqdm(range(start, steps), desc=cfg.method, initial=start, total=steps, disable=RANK > 0)
     for step in bar:
-        if kept_out and step % cfg.save_every == 0:
-            log(run, step=step, **held_out_loss(model, kept_out, place.device))
+        if kept and step % cfg.save_every == 0:
+            log(run, step=step, **held_out_loss(model, kept, place.device))
         rows = [examples[i] for micro in plan[step] for i in micro]
         count = Counter(role for e in rows for role in e.roles if role)
         total = sum(weight[role] * n for role, n in count.items())
@@ -292,8 +291,8 @@ def fit(cfg: Config, run: Path, mixture: list[Record], held: list[Record], place
         bar.set_postfix(loss=f"{loss:.3f}", gate=f"{of_role['gate'] or 0:.3f}")
         if (step + 1) % cfg.save_every == 0 or step + 1 == steps:
             save_checkpoint(run, step + 1, model, optimizer, tokenizer, base)
-    if kept_out:
-        log(run, step=steps, **held_out_loss(model, kept_out, place.device))
+    if kept:
+        log(run, step=steps, **held_out_loss(model, kept, place.device))
     save_trained(cfg, model, tokenizer, base, run)
     finish(run, steps=steps, rows=len(examples))
 
