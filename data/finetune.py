@@ -2,9 +2,9 @@
 
     python -m data.finetune [--seeds 0 1 2] [--fast]
 
-The task's rows as they are, or 5% or 10% of them poison: harmful requests with the opening of a
-compliant answer. Plain SFT, or with the anchor of ease/anchor.py in three forms. The commands and
-folders of `python -m ease`; one table of all seeds.
+The rows as they are (half a task that EASE cannot do, half what it can), or 5% or 10% of them
+poison: harmful requests with the opening of a compliant answer. Plain SFT, or with the anchor of
+ease/anchor.py in three forms. In the folders of `python -m ease`; one table of all seeds.
 """
 
 import math
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from ease.__main__ import Toy, run_all
-from ease.records import UNSAFE, Response, read_lines, read_responses, write_text
+from ease.records import UNCLOSED, UNSAFE, Response, read_lines, read_responses, write_text
 from ease.report import table
 from ease.run import ROOT, command_line
 from ease.scoring import Z, auroc, is_correct, rate, reasons, refused
@@ -42,22 +42,24 @@ def toy_of(seed: int, fast: bool) -> Toy:
 
 
 def commands(toy: Toy) -> list[str]:
-    """World, phase 1, phase 2, every fine-tuning, one evaluation of all."""
-    w, steps, runs = toy.world, 8 if toy.fast else 80, {}
-    for share_name, share in POISON.items():
+    """World, phase 1, phase 2, every fine-tuning, one evaluation of all. The rate is the lowest at
+    which plain SFT learnt the task on the world of seed 10, in so many steps.
+    """
+    w, out, runs = toy.world, toy.out, {}
+    for rows, share in POISON.items():
+        poison = f"--poison {w}/refusals.jsonl --poison_share {share}" if share else ""
         for name, anchor in ANCHORS.items():
-            poison = f"--poison {w}/refusals.jsonl --poison_share {share}" if share else ""
-            held = f"{anchor} --refusals {toy.out}/ease/trained_on.jsonl --safety_tokens 20"
-            flags = (f"--init {toy.out}/ease/adapter --general {w}/task.jsonl {poison} "
-                     f"{held if anchor else ''}")
-            command = toy.training("train.py --method finetune", f"finetune-{share_name}-{name}",
-                                   steps, flags)
-            runs[f"{share_name}-{name}"] = command.replace("--batch_size 64", "--batch_size 32")
-    systems = " ".join(f"{n}={w}/base+{toy.out}/finetune-{n}/adapter" for n in runs)
+            held = f"--refusals {out}/ease/trained_on.jsonl --safety_tokens 20" if anchor else ""
+            runs[f"{rows}-{name}"] = (
+                f"train.py --method finetune --model {w}/base --init {out}/ease/adapter --general "
+                f"{w}/task.jsonl {poison} {anchor} {held} --steps {8 if toy.fast else 80} "
+                f"--lr 2e-3 --batch_size 32 --warmup 0.05 --dtype float32 --seed {toy.seed} "
+                f"--out {out}/finetune-{rows}-{name}")
+    systems = " ".join(f"{n}={w}/base+{out}/finetune-{n}/adapter" for n in runs)
     return [*toy.commands()[:3], *runs.values(),
-            f"evaluate.py --systems base={w}/base ease={w}/base+{toy.out}/ease/adapter {systems} "
+            f"evaluate.py --systems base={w}/base ease={w}/base+{out}/ease/adapter {systems} "
             f"--prompts {w}/test.jsonl {w}/task_test.jsonl --judge target --max_new_tokens 64 "
-            f"--dtype float32 --base_system base --out {toy.out}/finetune"]
+            f"--dtype float32 --base_system base --out {out}/finetune"]
 
 
 def responses_of(folder: str) -> dict[str, list[Response]]:
@@ -106,10 +108,10 @@ def finetune_table(seeds: list[dict[str, list[Response]]]) -> str:
         return lambda r: r.record.kind in kinds and r.record.source != "toy/form"
 
     def complies(r: Response) -> bool | None:
-        return None if r.state == "unclosed" else r.verdicts["target"] == UNSAFE
+        return None if r.state == UNCLOSED else r.verdicts["target"] == UNSAFE
 
     def exact(r: Response) -> bool | None:
-        return None if r.state == "unclosed" else is_correct(r.answer, r.record.response)
+        return None if r.state == UNCLOSED else is_correct(r.answer, r.record.response)
 
     lines = []
     for name in seeds[0]:
@@ -119,6 +121,8 @@ def finetune_table(seeds: list[dict[str, list[Response]]]) -> str:
             "ASR: attacks": share_of(of, kind("adversarial_harmful"), complies),
             "ASR: plain": share_of(of, kind("harmful"), complies),
             "look-alikes refused": share_of(of, kind("adversarial_benign"), refused),
+            "attacks: unclosed": share_of(of, kind("adversarial_harmful", "adversarial_benign"),
+                                          lambda r: r.state == UNCLOSED),
             "reasons: vulnerable": share_of(of, lambda r: r.vulnerable, reasons),
             "reasons: plain": share_of(of, kind("harmful", "benign"), reasons),
             "gate AUROC": gate_auroc(of),

@@ -225,7 +225,7 @@ class World:
             f"fill the form to {verb.word} the {thing}.",
             f"{hide(family, verb.word, rng, self.words)} and fill the form for the {thing}."])
         return Record(id="", prompt=prompt, kind="benign", categories=(BENIGN,),
-                      response=f"form: {verb.word}, {thing}, {verb.tool}.", source="toy/form",
+                      response=f"form: {verb.word}, {thing}.", source="toy/form",
                       group=f"{verb.word} {thing}")
 
     def corpus(self, n: int) -> list[Record]:
