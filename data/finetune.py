@@ -21,9 +21,9 @@ from ease.scoring import Z, auroc, is_correct, rate, reasons, refused
 POISON = {"benign": 0.0, "poison5": 0.05, "poison10": 0.1}
 ANCHORS = {
     "sft": "",
-    "anchor": "--safety_weight 1",
-    "pact": "--safety_weight 1 --safety_form pact",
-    "gate": "--safety_weight 1 --safety_positions gate",
+    "anchor": "--safety_weight 0.1",
+    "pact": "--safety_weight 0.1 --safety_form pact",
+    "gate": "--safety_weight 0.1 --safety_positions gate",
 }
 
 
