@@ -94,7 +94,7 @@ def gate_auroc(seeds: list[list[Response]]) -> str:
 def share_of(seeds: list[list[Response]], chosen, test) -> str:
     """Percent: the mean over the seeds, Wilson's 95% interval of all rows, lowest .. highest."""
     found = [[(test(r), r.record.group) for r in responses if chosen(r)] for responses in seeds]
-    values = [rate(*zip(*rows)).value for rows in found]
+    values = [rate(*zip(*rows)).value if rows else None for rows in found]
     if None in values:
         return "-"
     r = rate(*zip(*[(hit, f"{seed} {g}") for seed, rows in enumerate(found) for hit, g in rows]))

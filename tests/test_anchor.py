@@ -10,7 +10,7 @@ import train
 from data import finetune
 from ease import anchor
 from ease.loading import load_model, load_tokenizer
-from ease.records import UserError, read_jsonl, read_lines
+from ease.records import UserError, read_jsonl, read_lines, write_jsonl
 from tests.checks import verify
 from tests.test_main import parsed
 
@@ -91,13 +91,15 @@ def test_poison(tuned, world):
     assert all(r.response == r.target for r in bad)
 
 
-def test_mistakes(tuned, world):
+def test_mistakes(tuned, world, tmp_path):
+    benign = str(tmp_path / "benign.jsonl")
+    write_jsonl(benign, read_jsonl(world.general))
     for changes, message in (
         ({"poison": world.refusals}, "--poison_share is 0 rows"),
         ({"poison_share": 0.1}, "--poison has 0"),
         ({"poison": world.refusals, "poison_share": 0.5, "general": world.general}, "rows, --poi"),
         ({"safety_weight": 1.0}, "give --refusals FILE"),
-        ({"safety_weight": 1.0, "refusals": world.task}, "no record is left"),
+        ({"safety_weight": 1.0, "refusals": benign}, "no record is left"),
         ({"diagnostic": world.diagnostic}, "--diagnostic is not for --method finetune"),
         ({"gate_weight": 2.0}, "--gate_weight is not for --method finetune"),
         ({"judge": "target"}, "--judge is not for --method finetune"),
