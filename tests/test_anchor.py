@@ -126,5 +126,7 @@ def test_finetune_table(runs):
     responses = finetune.responses_of(str(runs.out / "test"))
     text = finetune.finetune_table([responses, responses])
     assert all(name in text for name in responses) and "gate AUROC" in text
+    fates = finetune.vulnerable_table([responses, responses]).splitlines()
+    assert len(fates) == 2 + len(responses) and "begins the marker" in fates[0]
     # Hanley and McNeil's own example: 0.893, 51 and 58 cases, a standard error of about 0.032
     assert abs(finetune.auroc_error(0.893, 51, 58) - 0.032) < 0.001
