@@ -8,9 +8,11 @@ from safetensors.torch import load_file
 
 import train
 from data import finetune
+from ease import __main__ as recipe
 from ease import anchor
 from ease.loading import load_model, load_tokenizer
 from ease.records import UserError, read_jsonl, read_lines, write_jsonl
+from ease.run import parse_config
 from tests.checks import verify
 from tests.test_main import parsed
 
@@ -111,7 +113,12 @@ def test_mistakes(tuned, world, tmp_path):
             tuned(**changes)
 
 
-def test_the_recipe_compares_like_with_like():
+def test_the_recipe_compares_like_with_like(monkeypatch):
+    typed = []
+    monkeypatch.setattr(recipe, "run_all", typed.extend)
+    recipe.main(recipe.Config(seed=7, finetune=True))
+    [[_, _, *flags]] = map(str.split, typed)
+    assert parse_config(finetune.Config, flags) == finetune.Config(seeds=[7])
     toy = finetune.toy_of(7, False)
     configs = parsed(finetune.commands(toy))
     tuned = [c for c in configs.values() if getattr(c, "method", "") == "finetune"]
