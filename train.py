@@ -14,18 +14,21 @@
 (--prompts) and should get the steps of both phases (--steps). --method refusal on --refusals and
 --general alone is the shallow baseline.
 
+--method finetune: SFT on --general, a later task (ease/anchor.py).
+
 --held_out N: choose --lr and --steps by the loss on N rows kept out of training.
 """
 
 import random
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 from tqdm import tqdm
 
+from ease.anchor import FinetuneFlags, make_anchor, poisoned
 from ease.batching import collate, count_steps, encode_data, held_out_loss, plan_batches
 from ease.checkpoint import resume, save_checkpoint
 from ease.generate import Sampling
@@ -34,7 +37,7 @@ from ease.loading import (Place, base_and_adapter, load_model, load_tokenizer, l
                           pick_place, resolve, save_trained)
 from ease.losses import gated_cross_entropy, in_chunks
 from ease.memory import announce
-from ease.method import ANSWER, GATE, REASONING, ROLES, filler, hold_out, mix, select_region
+from ease.method import ROLES, filler, hold_out, mix, select_region
 from ease.optim import learning_rate, make_optimizer, optimizer_step
 from ease.policies import load_policy
 from ease.ranks import RANK, my_share, sum_over_ranks, wait_for
@@ -50,15 +53,15 @@ from ease.traces import (TraceFlags, check_categories, join_traces, teacher_trac
 
 
 @dataclass(kw_only=True)
-class Config(TrainingFlags, TraceFlags):
+class Config(TrainingFlags, TraceFlags, FinetuneFlags):
     """The flags of phase 2 and the baselines."""
 
-    method: Literal["ease", "refusal", "deliberative"] = "ease"  # the paper's, or a baseline
+    method: Literal["ease", "refusal", "deliberative", "finetune"] = "ease"  # finetune: later SFT
     model: str  # M_s, the ORIGINAL small model (a Hugging Face folder, or a hub id)
     init: str = ""  # M_reason: phase 1's adapter (it keeps its rank, alpha and targets) or a model
     # the data
     diagnostic: str = ""  # D_diag: adversarial prompts, harmful and benign; baselines need none
-    refusals: str  # plainly harmful prompts with a direct refusal each
+    refusals: str = ""  # plainly harmful prompts with a direct refusal each
     general: str  # general tasks with direct answers
     prompts: str = ""  # phase 1's prompts, for the baselines: every method sees the same ones
     teacher: str = ""  # M_t, writes the traces
@@ -83,6 +86,7 @@ class Sets(NamedTuple):
     refusals: list[Record]
     general: list[Record]
     prompts: list[Record]
+    poison: list[Record]
 
     @property
     def all(self) -> list[Record]:
@@ -92,18 +96,32 @@ class Sets(NamedTuple):
 
 def read_sets(cfg: Config) -> Sets:
     """The input files, checked for what each must hold."""
-    sets = Sets(*read_named(cfg.diagnostic, cfg.refusals, cfg.general, cfg.prompts))
+    sets = Sets(*read_named(cfg.diagnostic, cfg.refusals, cfg.general, cfg.prompts, cfg.poison))
     for r in sets.diagnostic:
         if not r.kind.startswith("adversarial"):
             raise UserError(f"{cfg.diagnostic}: row {r.id!r} is {r.kind}: D_diag is adversarial, "
                             "as in the paper; plain harmful prompts belong to --refusals, benign "
                             "ones to --general")
-    for path, records, kind in ((cfg.refusals, sets.refusals, "harmful"),
+    refusals = sets.refusals * (cfg.method != "finetune")
+    for path, records, kind in ((cfg.refusals, refusals, "harmful"),
                                 (cfg.general, sets.general, "benign")):
         for r in records:
             if r.kind != kind or not r.response:
                 raise UserError(f"{path}: row {r.id!r} must be of kind {kind} and have a response")
     return sets
+
+
+def check_finetune(cfg: Config) -> None:
+    """Flags of --method finetune elsewhere; others' with it."""
+    finetune = cfg.method == "finetune"
+    own, both = ({f.name for f in fields(c)} for c in (FinetuneFlags, TrainingFlags))
+    both |= {"method", "model", "init", "general", "refusals"}
+    for f in fields(cfg):
+        wrong = f.name not in own | both if finetune else f.name in own
+        if wrong and getattr(cfg, f.name) != f.default:
+            raise UserError(f"--{f.name} is {'not ' * finetune}for --method finetune")
+    if not cfg.refusals and (cfg.safety_weight or not finetune):
+        raise UserError("give --refusals FILE")
 
 
 def check_flags(cfg: Config, sets: Sets) -> None:
@@ -227,55 +245,55 @@ def direct_records(records: list[Record], probed: list[Response], refusals: list
     return direct
 
 
-def fit(cfg: Config, run: Path, mixture: list[Record], held_out: list[Record], place: Place
-        ) -> None:
-    """Step 5: SFT on the mixture, by the gated-reasoning cross-entropy
-    L = sum_t w(role_t) CE_t / sum_t w(role_t) over the tokens of an optimizer step.
+def fit(cfg: Config, run: Path, mixed: list[Record], held: list[Record], place: Place) -> None:
+    """Step 5: SFT on the mixture, by the gated-reasoning cross-entropy over the tokens of an
+    optimizer step, L = sum_t w(role_t) CE_t / sum_t w(role_t) [+ --safety_weight mean_t KL_t].
     """
     tokenizer = load_tokenizer(cfg.model)
     model, base = load_trainable(cfg, cfg.model, cfg.init, place)
-    examples, kept_out = encode_data(run, tokenizer, mixture, held_out, cfg.max_length,
-                                     model.config.context)
+    examples, kept = encode_data(run, tokenizer, mixed, held, cfg.max_length, model.config.context)
     steps = count_steps(len(examples), cfg.batch_size, cfg.steps, cfg.epochs)
     plan = plan_batches([len(e.ids) for e in examples], cfg.batch_size, cfg.batch_tokens, cfg.seed,
                         steps)
     announce(model, [len(e.ids) for e in examples], plan)
-    weight = {GATE: cfg.gate_weight, REASONING: 1.0, ANSWER: 1.0}
-    weight_of = torch.tensor([weight.get(role, 0.0) for role in range(4)], device=place.device)
+    anchored, anchor = make_anchor(cfg, run, model, tokenizer, examples)
+    weight = [0.0, cfg.gate_weight, 1.0, 1.0]  # of the prompt and of the ROLES
     optimizer = make_optimizer(model, cfg.weight_decay)
     start = resume(run, model, optimizer)
     bar = tqdm(range(start, steps), desc=cfg.method, initial=start, total=steps, disable=RANK > 0)
     for step in bar:
-        if kept_out and step % cfg.save_every == 0:
-            log(run, step=step, **held_out_loss(model, kept_out, place.device))
+        if kept and step % cfg.save_every == 0:
+            log(run, step=step, **held_out_loss(model, kept, place.device))
         rows = [examples[i] for micro in plan[step] for i in micro]
         count = Counter(role for e in rows for role in e.roles if role)
-        total_weight = sum(weight[role] * n for role, n in count.items())
-        sums = torch.zeros(4, device=place.device)  # of the losses, by role
+        total = sum(weight[role] * n for role, n in count.items())
+        n_kl = sum(count[role] for role in anchored) or 1
+        sums = torch.zeros(4, device=place.device)  # of the losses, by role; of the anchor's
         for micro in my_share(plan[step]):
             batch = collate([examples[i] for i in micro], place.device)
             keep = batch.roles > 0  # (T,): no prompt
             roles, targets = batch.roles[keep], batch.targets[keep]  # (N,)
             hidden = model.hidden(batch.inputs, batch.lengths)[keep]  # (N, D)
             losses = in_chunks(lambda h, y, w: gated_cross_entropy(model.logits(h), y, w),
-                               hidden, targets, weight_of[roles])  # (N,)
-            (losses.sum() / total_weight).backward()  # divided once, by the weight of the step
+                               hidden, targets, torch.tensor(weight, device=place.device)[roles])
+            kl = anchor(hidden, roles, micro)  # (M,)
+            (losses.sum() / total + cfg.safety_weight * kl.sum() / n_kl).backward()  # divided once
             sums.index_add_(0, roles, losses.detach())
+            sums[0] += kl.detach().sum()
         sum_over_ranks(optimizer, sums)
-        loss, lr = sums.sum().item() / total_weight, learning_rate(step, steps, cfg.lr, cfg.warmup)
+        loss, lr = sums[1:].sum().item() / total, learning_rate(step, steps, cfg.lr, cfg.warmup)
         where = f"step {step}, rows {', '.join(e.id for e in rows[:8])}"
         norm = optimizer_step(optimizer, lr, cfg.clip, loss, where)
         of_role = {name: sums[role].item() / (weight[role] * count[role])
                    if weight[role] * count[role] else None for name, role in ROLES.items()}
-        log(run, step=step, loss=loss, **of_role, lr=lr, grad_norm=norm, tokens=count.total())
+        log(run, step=step, loss=loss, **of_role, safety_kl=sums[0].item() / n_kl, lr=lr,
+            grad_norm=norm, tokens=count.total())
         bar.set_postfix(loss=f"{loss:.3f}", gate=f"{of_role['gate'] or 0:.3f}")
         if (step + 1) % cfg.save_every == 0 or step + 1 == steps:
             save_checkpoint(run, step + 1, model, optimizer, tokenizer, base)
-    if kept_out:
-        log(run, step=steps, **held_out_loss(model, kept_out, place.device))
+    if kept:
+        log(run, step=steps, **held_out_loss(model, kept, place.device))
     save_trained(cfg, model, tokenizer, base, run)
-    if base != cfg.model:
-        print(f"this adapter belongs to {base}, not to --model")
     finish(run, steps=steps, rows=len(examples))
 
 
@@ -284,11 +302,14 @@ def main(cfg: Config) -> None:
         mixture = wait_for(Path(cfg.out) / "mixture.jsonl")
         return fit(cfg, Path(cfg.out), read_jsonl(mixture), [], pick_place(cfg))
     sets = read_sets(cfg)
-    check_flags(cfg, sets)
+    check_finetune(cfg)
+    if cfg.method != "finetune":
+        check_flags(cfg, sets)
     base, adapter = base_and_adapter(cfg.model, cfg.init)
     # resolved first: a mistyped name must not cost the probe and the traces
     models = [str(resolve(name)) for name in dict.fromkeys((cfg.model, base, cfg.teacher)) if name]
-    files = [cfg.diagnostic, cfg.refusals, cfg.general, cfg.prompts, cfg.traces, cfg.policies]
+    files = [cfg.diagnostic, cfg.refusals, cfg.general, cfg.prompts, cfg.poison, cfg.traces,
+             cfg.policies]
     place = pick_place(cfg)
     run = open_run(cfg, [*models, adapter, judge_model(cfg.judge), *files], place)
     if is_done(run):
@@ -299,6 +320,8 @@ def main(cfg: Config) -> None:
         d_direct = direct_records(sets.all, [], sets.refusals, cfg.judge, cfg.seed)
     elif cfg.method == "deliberative":
         d_reason, d_direct = with_traces(cfg, run, sets.all, place), []
+    elif cfg.method == "finetune":
+        d_reason, d_direct = [], poisoned(sets.general, sets.poison, cfg.poison_share, cfg.seed)
     else:
         probed = probe(cfg, run, sets.diagnostic, place)
         region = vulnerable_region(cfg, run, sets, probed)

@@ -24,6 +24,7 @@ class Config:
     seed: int = 0  # of the world and of every run in it
     out: str = ""  # where the runs go; default runs/toy for seed 0, runs/toy-N for seed N
     fast: bool = False  # a smoke run of about a minute: the numbers mean nothing
+    finetune: bool = False  # data/finetune.py instead, of this seed
 
 
 @dataclass
@@ -113,6 +114,8 @@ into, and no evidence about real models.
 
 def main(cfg: Config) -> None:
     started = time.time()
+    if cfg.finetune:
+        return run_all([f"-m data.finetune --seeds {cfg.seed} --fast {cfg.fast}".lower()])
     suffix = (f"-{cfg.seed}" if cfg.seed else "") + ("-fast" if cfg.fast else "")
     toy = Toy(cfg.seed, f"data/toy{suffix}", cfg.out or f"runs/toy{suffix}", cfg.fast)
     run_all(toy.commands())

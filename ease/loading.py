@@ -197,6 +197,8 @@ def load_trainable(flags: TrainingFlags, name: str, init: str, place: Place
     base, adapter = base_and_adapter(name, init)
     if adapter and not flags.lora_rank:
         raise UserError("--init is an adapter, --lora_rank 0 trains all weights: merge it first")
+    if base != name:
+        print(f"this adapter belongs to {base}, not to --model")
     dtype = place.dtype if flags.lora_rank else torch.float32
     model = load_model(base, adapter, dtype, place.device)
     if flags.lora_rank and not adapter:

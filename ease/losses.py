@@ -46,14 +46,19 @@ def kl_divergence(teacher_logits: Tensor, student_logits: Tensor, tau: float = 1
     return tau**2 * F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
 
 
-def topk_log_probabilities(logits: Tensor, k: int, tau: float = 1.0) -> tuple[Tensor, Tensor]:
-    """What a cache keeps of softmax(z / tau), logits (N, V): log-probabilities (N, k + 1) of the k
-    likeliest tokens and, last, of all others together (-inf if k = V); the tokens' ids (N, k).
+def with_rest(logits: Tensor, ids: Tensor, tau: float = 1.0) -> Tensor:
+    """log softmax(z / tau), logits (N, V), cut to (N, k + 1): the tokens ids (N, k) and, last, all
+    others together (-inf if k = V).
     """
     log_p = F.log_softmax(logits.float() / tau, dim=-1)  # (N, V)
-    top, ids = log_p.topk(k, dim=-1)
-    tail = log_p.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)  # (N, 1)
-    return torch.cat((top, tail), dim=-1), ids
+    rest = log_p.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)  # (N, 1)
+    return torch.cat((log_p.gather(-1, ids), rest), dim=-1)
+
+
+def topk_log_probabilities(logits: Tensor, k: int, tau: float = 1.0) -> tuple[Tensor, Tensor]:
+    """What a cache keeps: with_rest (N, k + 1) of the k likeliest tokens, and their ids (N, k)."""
+    ids = logits.topk(k, dim=-1).indices
+    return with_rest(logits, ids, tau), ids
 
 
 def topk_kl(log_p: Tensor, ids: Tensor, student_logits: Tensor, tau: float = 1.0) -> Tensor:
@@ -69,6 +74,33 @@ def topk_kl(log_p: Tensor, ids: Tensor, student_logits: Tensor, tau: float = 1.0
     if ids.shape[-1] < log_q.shape[-1]:  # else there is no tail: its logarithm has no gradient
         kl = kl + tail.exp() * (tail - log_q.scatter(-1, ids, -torch.inf).logsumexp(-1))
     return tau**2 * kl
+
+
+def safety_kl(student_logits: Tensor, reference: Tensor, tokens: Tensor) -> Tensor:
+    """The safety anchor: KL(p || q) over |S| + 1 classes, tokens (S,) and ONE of all others. p: the
+    aligned model's, reference (N, S + 1) by with_rest; q: the student's, logits (N, V) -> (N,).
+    After PACT; the last class is ours: without it mass leaves S at no cost.
+    """
+    return topk_kl(reference.detach(), tokens.expand(len(reference), -1), student_logits)
+
+
+def pact_kl(student_logits: Tensor, full: Tensor, post: Tensor, places: Tensor, tokens: Tensor,
+            weights: Tensor, tau: float = 2.0) -> Tensor:
+    """PACT's term (code of arXiv 2603.07445), all inside S: tau^2 KL(q || softmax(s_t / tau)) with
+    q ~ w softmax(((1 - c) f_t + c p_t) / tau), c = sigmoid(2 (I(s_t) - I(p_t))) exp(-max(t - 8, 0)
+    / 8). full, post (N, S): f_t, p_t, the aligned model's logits with and without the prompt; w
+    (S,); t: places (N,) in the answer; I: the share of S with 90% of the mass; logits (N, V) ->
+    (N,). Not 0 at the reference.
+    """
+    def spread(z: Tensor) -> Tensor:  # I, (N,)
+        mass = z.softmax(-1).sort(-1, descending=True).values.cumsum(-1)
+        return ((mass < 0.9).sum(-1) + 1) / len(tokens)
+
+    s = student_logits[:, tokens].float()  # (N, S)
+    c = torch.sigmoid(2 * (spread(s) - spread(post))) * torch.exp(-(places - 8).clamp(min=0) / 8)
+    p = (torch.lerp(full, post, c[:, None]) / tau).softmax(-1)
+    q = F.normalize(weights * p, p=1, dim=-1).detach()  # (N, S)
+    return tau**2 * F.kl_div((s / tau).log_softmax(-1), q, reduction="none").sum(-1)
 
 
 def in_chunks(loss: Callable[..., Tensor], *tensors: Tensor, chunk: int = CHUNK) -> Tensor:

@@ -70,7 +70,7 @@ class TrainingFlags(RunFlags):
 FREE = {"out", "slots", "batch_tokens", "save_every", "device", "other_code",
         "gradient_checkpointing"}
 # The least and the greatest value of a number; all others are from 0 on.
-RANGES = {"kl_weight": (0, 1), "warmup": (0, 1), "top_p": (1e-6, 1),
+RANGES = {"kl_weight": (0, 1), "warmup": (0, 1), "poison_share": (0, 0.5), "top_p": (1e-6, 1),
           "kl_temperature": (1e-6, math.inf)} | dict.fromkeys(
     ("batch_size", "batch_tokens", "slots", "save_every", "max_new_tokens", "probe_tokens",
      "attempts", "max_length"), (1, math.inf))

@@ -152,6 +152,82 @@ def check_topk_kl(fn):
     assert per_token(fn(*same, teacher), [0.0] * 5)
 
 
+def check_with_rest(fn):
+    logits, ids = logits_and_targets(4, 9, 5)[0], torch.tensor([[7, 2], [0, 8], [3, 4], [1, 0]])
+    for tau in (1.0, 2.0):
+        log_p, p = fn(logits, ids, tau), (logits / tau).softmax(-1)
+        assert torch.allclose(log_p[:, :2].exp(), p.gather(-1, ids), atol=1e-5)
+        assert torch.allclose(log_p.exp().sum(-1), torch.ones(4), atol=1e-5)
+    sharp = torch.tensor([[40.0, 0.0, 0.0]])  # a rest that 1 - p would lose in fp32
+    assert close(fn(sharp, torch.tensor([[0]]))[0, 1], math.log(2) - 40, 1e-4)
+
+
+def check_safety_kl(fn):
+    aligned, student = logits_and_targets(5, 11, 1)[0], logits_and_targets(5, 11, 2)[0]
+    for tokens in ([3], [9, 0, 4], list(range(10))):
+        S = torch.tensor(tokens)
+        p = losses.with_rest(aligned, S.expand(5, -1)).requires_grad_()
+        s = student.clone().requires_grad_()
+        kl = fn(s, p, S)
+        assert per_token(kl.detach(),
+                         reference.safety_kl(student.tolist(), aligned.tolist(), tokens))
+        kl.sum().backward()
+        assert p.grad is None and s.grad.abs().sum() > 0  # the reference learns nothing
+        assert per_token(fn(aligned, p.detach(), S), [0.0] * 5)  # an anchor pulls nowhere
+    away = aligned.clone()
+    away[:, 5] += 20  # mass leaves S, odds within S as before: that costs
+    S = torch.tensor([9, 0, 4])
+    assert (fn(away, losses.with_rest(aligned, S.expand(5, -1)), S) > 0.01).all()
+
+
+def check_pact_kl(fn):
+    student, full, post = (logits_and_targets(6, 12, seed)[0] for seed in (1, 2, 3))
+    tokens, places = torch.tensor([8, 1, 5, 10, 0]), torch.tensor([0, 3, 8, 9, 20, 60])
+    f, p, weights = full[:, tokens], post[:, tokens], torch.tensor([0.5, 0.0, 1.0, 0.0, 0.25])
+    for tau in (2.0, 1.0):
+        wanted = reference.pact_kl(student.tolist(), f.tolist(), p.tolist(), places.tolist(),
+                                   tokens.tolist(), weights.tolist(), tau)
+        assert per_token(fn(student, f, p, places, tokens, weights, tau), wanted)
+    s, f, p = student.requires_grad_(), f.clone().requires_grad_(), p.clone().requires_grad_()
+    fn(s, f, p, places, tokens, weights).sum().backward()
+    assert s.grad is not None and f.grad is None and p.grad is None
+    same = fn(full, full[:, tokens], full[:, tokens], places, tokens, weights)
+    assert (same > 0.01).all()  # the student is the reference, and is pulled all the same
+
+
+def check_held(fn):
+    roles = torch.tensor([0, 0, GATE, GATE, REASONING, ANSWER, 0, ANSWER])
+    every = (GATE, REASONING, ANSWER)
+    assert fn(roles, every).tolist() == [False] * 2 + [True] * 4 + [False, True]
+    assert fn(roles, (GATE,)).tolist() == [False] * 2 + [True] * 2 + [False] * 4
+
+
+def check_safety_tokens(fn):
+    aligned = torch.tensor([0.30, 0.05, 0.25, 0.10, 0.0, 0.20, 0.10])
+    original = torch.tensor([0.30, 0.05, 0.05, 0.10, 0.0, 0.40, 0.10])
+    tokens, weights = fn(aligned, original, 4, [4, 1])
+    assert tokens.tolist() == [1, 4, 0, 2]  # the gate's first, then by the aligned model's p
+    d = [0.0, 0.0, 0.0, 0.2]
+    assert torch.allclose(weights, torch.tensor([max(x - 0.05, 0) for x in d]), atol=1e-6)
+    assert fn(aligned, original, 3, [0, 0])[0].tolist() == [0, 2, 5]  # each once
+    assert len(fn(aligned, original, 1, [4, 1])[0]) == 1
+
+
+def check_poisoned(fn):
+    tasks = [Record(f"t{i}", f"p{i}", "benign", "r") for i in range(20)]
+    poison = [Record(f"x{i}", f"h{i}", "harmful", "no.", target=f"sure {i}") for i in range(5)]
+    poison.append(Record("bare", "h", "harmful", "no."))
+    for share, n in ((0.1, 2), (0.25, 5)):
+        found = fn(tasks, poison, share, 0)
+        bad = [r for r in found if r.harmful]
+        assert len(found) == len({r.id for r in found}) == 20 and len(bad) == n
+        assert all(r.response == r.target and r.response for r in bad)
+        assert fn(tasks, poison, share, 0) == found != fn(tasks, poison, share, 1)
+    assert sorted(r.id for r in fn(tasks, [], 0.0, 0)) == sorted(r.id for r in tasks)
+    for rows, share in ((poison, 0.3), ([], 0.1), (poison, 0.0)):
+        assert "--poison_share is" in error_of(fn, tasks, rows, share, 0)
+
+
 def check_gated_cross_entropy(fn):
     logits, targets = logits_and_targets()
     for weights in (torch.ones(7), torch.tensor([0.0, 1, 2, 0.5, 1, 1, 3])):

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from safetensors.torch import save, save_file
 
 import evaluate
-from ease import (adaptive, attacks, batching, compare, contest, judge, lora, losses, method, optim,
-                  outputs, page, policies, prefill, records, report, respond, scoring, sweep, tasks)
+from ease import (adaptive, anchor, attacks, batching, compare, contest, judge, lora, losses,
+                  method, optim, outputs, page, policies, prefill, records, report, respond,
+                  scoring, sweep, tasks)
 from ease.batching import Batch, Example
 from ease.method import ABSENT, ANSWER, GATE, REASONING, UNCLOSED, WELL_FORMED
 from ease.generate import sample
@@ -110,6 +111,98 @@ def topk_kl__tail_by_difference(log_p, ids, student, tau=1.0):
     rest = (1 - of_ids.exp().sum(-1)).clamp(min=1e-9).log()
     top, tail = log_p[:, :-1], log_p[:, -1].clamp(min=-30)
     return tau**2 * ((top.exp() * (top - of_ids)).sum(-1) + tail.exp() * (tail - rest))
+
+
+def with_rest__renormalised(logits, ids, tau=1.0):
+    top = (logits / tau).gather(-1, ids).log_softmax(-1)
+    return torch.cat((top, torch.full((len(top), 1), -torch.inf)), -1)
+
+
+def with_rest__by_difference(logits, ids, tau=1.0):
+    top = (logits / tau).log_softmax(-1).gather(-1, ids)
+    return torch.cat((top, torch.log1p(-top.exp().sum(-1, keepdim=True))), -1)
+
+
+def safety_kl__renormalised_inside(student, reference, tokens):
+    """PACT's softmax: all others may rise at no cost."""
+    p, q = reference.detach()[:, :-1].log_softmax(-1), student[:, tokens].log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def safety_kl__reversed(student, reference, tokens):
+    q = losses.with_rest(student, tokens.expand(len(student), -1))
+    return (q.exp() * (q - reference.detach())).sum(-1)
+
+
+def safety_kl__no_rest_class(student, reference, tokens):
+    p, q = reference.detach()[:, :-1], student.log_softmax(-1)[:, tokens]
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def safety_kl__trains_the_reference(student, reference, tokens):
+    q = losses.with_rest(student, tokens.expand(len(student), -1))
+    return (reference.exp() * (reference - q)).sum(-1)
+
+
+def pact_kl__target_as_it_is(student, full, post, places, tokens, weights, tau=2.0):
+    return losses.pact_kl(student, full, post, places, tokens, torch.ones_like(weights), tau)
+
+
+def pact_kl__no_mixture(student, full, post, places, tokens, weights, tau=2.0):
+    return losses.pact_kl(student, full, full, places, tokens, weights, tau)
+
+
+def pact_kl__never_fades(student, full, post, places, tokens, weights, tau=2.0):
+    return losses.pact_kl(student, full, post, 0 * places, tokens, weights, tau)
+
+
+def pact_kl__over_the_vocabulary(student, full, post, places, tokens, weights, tau=2.0):
+    s = student.float()
+    inside = losses.pact_kl(s, full, post, places, tokens, weights, tau)
+    return inside + tau**2 * ((s / tau).logsumexp(-1) - (s[:, tokens] / tau).logsumexp(-1))
+
+
+def pact_kl__no_tau_squared(student, full, post, places, tokens, weights, tau=2.0):
+    return losses.pact_kl(student, full, post, places, tokens, weights, tau) / tau**2
+
+
+def held__the_prompt_too(roles, wanted):
+    return torch.isin(roles, roles.new_tensor((0, *wanted)))
+
+
+def held__everywhere(roles, wanted):
+    return roles > 0
+
+
+def safety_tokens__by_the_difference(aligned, original, k, gate):
+    _, weights = anchor.safety_tokens(aligned, original, k, gate)
+    return (aligned - original).topk(k).indices, weights
+
+
+def safety_tokens__gate_left_out(aligned, original, k, gate):
+    return anchor.safety_tokens(aligned, original, k, [aligned.argmax().item()])
+
+
+def safety_tokens__negative_weights(aligned, original, k, gate):
+    tokens, _ = anchor.safety_tokens(aligned, original, k, gate)
+    d = (aligned - original)[tokens]
+    return tokens, d - d.mean()
+
+
+def poisoned__more_rows(tasks, poison, share, seed):
+    return tasks + anchor.poisoned(tasks, poison, share, seed)[-round(share * len(tasks)) :]
+
+
+def poisoned__refuses(tasks, poison, share, seed):
+    refusal = {r.id: r.response for r in poison}
+    return [replace(r, response=refusal.get(r.id, r.response))
+            for r in anchor.poisoned(tasks, poison, share, seed)]
+
+
+def poisoned__always_the_first(tasks, poison, share, seed):
+    anchor.poisoned(tasks, poison, share, seed)
+    n = round(share * len(tasks))
+    return tasks[n:] + [replace(r, response=r.target) for r in poison[:n]]
 
 
 def gated_cross_entropy__unweighted(logits, targets, weights):

@@ -39,6 +39,45 @@ def topk_kl(teacher: list[list[float]], student: list[list[float]], k: int, tau:
     return out
 
 
+def safety_kl(student: list[list[float]], aligned: list[list[float]], tokens: list[int]
+              ) -> list[float]:
+    """KL over |S| + 1 classes: the tokens of S, and all others as one. Both are logits."""
+    out = []
+    for s, z in zip(student, aligned):
+        q, p = ([math.exp(x) for x in log_softmax(row)] for row in (s, z))
+        rest = [i for i in range(len(s)) if i not in tokens]
+        classes = [(p[i], q[i]) for i in tokens]
+        classes.append((sum(p[i] for i in rest), sum(q[i] for i in rest)))
+        out.append(sum(a * math.log(a / b) for a, b in classes))
+    return out
+
+
+def pact_kl(student: list[list[float]], full: list[list[float]], post: list[list[float]],
+            places: list[int], tokens: list[int], weights: list[float], tau: float) -> list[float]:
+    """PACT's term, from its code."""
+    def softmax(row: list[float]) -> list[float]:
+        return [math.exp(x) for x in log_softmax(row)]
+
+    def spread(row: list[float]) -> float:
+        total, count = 0.0, 0
+        for p in sorted(softmax(row), reverse=True):
+            if total >= 0.9:
+                break
+            total, count = total + p, count + 1
+        return count / len(row)
+
+    out = []
+    for s, f, o, t in zip(student, full, post, places):
+        s = [s[i] for i in tokens]
+        c = math.exp(-max(t - 8, 0) / 8) / (1 + math.exp(-2 * (spread(s) - spread(o))))
+        mixed = softmax([((1 - c) * a + c * b) / tau for a, b in zip(f, o)])
+        q = [w * p for w, p in zip(weights, mixed)]
+        q = [x / sum(q) for x in q]
+        log_s = log_softmax([x / tau for x in s])
+        out.append(tau**2 * sum(a * (math.log(a) - b) for a, b in zip(q, log_s) if a > 0))
+    return out
+
+
 def gated_cross_entropy(logits: list[list[float]], targets: list[int], weights: list[float]
                         ) -> list[float]:
     return [w * -log_softmax(row)[y] for row, y, w in zip(logits, targets, weights)]
