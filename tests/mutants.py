@@ -945,7 +945,8 @@ def answers__cold(cfg, *asked, alone):
 
 
 def answers__timed_again(cfg, file, *asked, alone):
-    file.unlink(missing_ok=True)
+    for kept in (file, file.with_suffix(".kept")):
+        kept.unlink(missing_ok=True)
     return evaluate.answers(cfg, file, *asked, alone=alone)
 
 

@@ -61,7 +61,7 @@ def test_the_papers_own_setting_runs(world, tmp_path, monkeypatch):
     few; all other flags stay.
     """
     text = (ROOT / "data/README.md").read_text(encoding="utf-8").split("\n## 13. ")[1]
-    first, *phase2, test = map(parsed, commands(text))
+    first, *phase2, test = map(parsed, commands(text.split("\n## ")[0]))
     few = {"dtype": "float32", "max_new_tokens": 40}
     train_few = few | {"model": world.base, "judge": "target", "policies": world.policies,
                        "max_length": 512, "steps": 1, "epochs": 0, "batch_size": 2}

@@ -108,14 +108,12 @@ def run(script, cfg, dooms: tuple[str, ...] = ()) -> None:
 
 
 @pytest.mark.parametrize("script, changes, dooms", [
-    (distill, {}, ("manifest.json", "!traces.jsonl", "traces.jsonl", "+0.2~",
-                   "limit:checkpoints/part/part:4:20000", "!checkpoints/step-20")),
+    (distill, {}, ("!traces.jsonl", "+0.2~", "limit:checkpoints/part/part:2:20000")),
     (train, {"merged": True, "probe_samples": 1}, (
-        "probe.jsonl", "!trained_on.jsonl", "+0.2", "!checkpoints/step-4", "checkpoints/step-12",
-        "!done", "limit:model/part:1:20000"))])
+        "probe.jsonl", "!checkpoints/step-4", "limit:model/part:1:20000"))])
 def test_kill_9_in_training(runs, tmp_path, script, changes, dooms):
     base = runs.ease if script is train else runs.phase1
-    base = replace(base, steps=40, save_every=4, **{"merged": False, **changes})
+    base = replace(base, steps=12, save_every=4, **{"merged": False, **changes})
     run(script, replace(base, out=str(tmp_path / "whole")))
     run(script, replace(base, out=str(tmp_path / "parts")), dooms)
     assert not differences(tmp_path / "whole", tmp_path / "parts")
@@ -125,8 +123,7 @@ def test_kill_9_in_evaluation(runs, tmp_path):
     base = replace(runs.test, max_new_tokens=24)
     run(evaluate, replace(base, out=str(tmp_path / "whole")))
     run(evaluate, replace(base, out=str(tmp_path / "parts")),
-        ("rows-base.jsonl", "+0.1~", "limit:rows-refusal.kept:1:4000", "summary.json",
-         "limit:/rows.jsonl.part:1:4096"))
+        ("+0.1~", "limit:rows-refusal.kept:1:4000", "summary.json"))
     assert not differences(tmp_path / "whole", tmp_path / "parts")
 
 

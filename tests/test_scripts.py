@@ -300,7 +300,7 @@ def test_latency(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "respond", lambda *a: 1 / 0)
     with pytest.raises(UserError, match="another latency"):
         evaluate.main(replace(cfg, latency=6))
-    with pytest.raises(UserError, match="--prefill and --latency answer --prompts: give some"):
+    with pytest.raises(UserError, match="--latency and --search answer --prompts: give some"):
         evaluate.main(replace(cfg, out=str(tmp_path / "x"), prompts=[], tasks=["hellaswag=x"]))
 
 
