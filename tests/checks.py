@@ -1594,3 +1594,25 @@ def check_save_tensors(fn):
                 assert torch.equal(f.get_tensor("w"), w.T)
                 assert f.metadata() == (metadata or {"format": "pt"})
             assert [p.name for p in Path(folder).iterdir()] == [file.name]
+
+
+def check_watch(watch):
+    """What a station returns, once, under its own name; nothing that is printed meanwhile."""
+    from ease.method import split_reasoning
+
+    def twice():
+        print("noise")
+        split_reasoning("a")
+        split_reasoning("b")
+
+    def fails():
+        raise UserError("no")
+
+    out, stations = io.StringIO(), ["split_reasoning"]
+    with contextlib.redirect_stdout(out):
+        watch(stations, twice)
+    assert out.getvalue() == "ease/method.py: split_reasoning: , a, absent\n"
+    assert "UserError" in error_of(watch, [], fails)
+    left = sys.getprofile()
+    sys.setprofile(None)
+    assert left is None

@@ -37,7 +37,8 @@ MACHINERY = [
     "teacher",
 ]
 # a first reading skips them
-EXTRAS = ["contest", "sweep", "prefill", "page", "adaptive", "stability", "topk", "__main__"]
+EXTRAS = ["contest", "sweep", "prefill", "page", "adaptive", "stability", "topk",
+          "stations", "__main__"]
 PACKAGES = {"torch", "safetensors", "tokenizers", "numpy", "tqdm", "jinja2", "huggingface_hub"}
 ORDER = METHOD + MACHINERY + EXTRAS
 FILES = [ROOT / "ease" / f"{name}.py" for name in ORDER]
