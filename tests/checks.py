@@ -4,6 +4,8 @@ both sides.
 """
 
 import base64
+import contextlib
+import io
 import itertools
 import math
 import os
@@ -11,6 +13,7 @@ import random
 import re
 import resource
 import signal
+import sys
 import time
 import xml.etree.ElementTree as ET
 from dataclasses import replace
@@ -1606,13 +1609,13 @@ def check_watch(watch):
         split_reasoning("b")
 
     def fails():
-        raise UserError("no")
+        raise ValueError("no")
 
     out, stations = io.StringIO(), ["split_reasoning"]
     with contextlib.redirect_stdout(out):
         watch(stations, twice)
     assert out.getvalue() == "ease/method.py: split_reasoning: , a, absent\n"
-    assert "UserError" in error_of(watch, [], fails)
+    assert error_of(watch, [], fails) == "ValueError: no"
     left = sys.getprofile()
     sys.setprofile(None)
     assert left is None

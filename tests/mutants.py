@@ -9,6 +9,7 @@ import math
 import os
 import random
 import re
+import sys
 from collections import Counter
 from dataclasses import replace
 

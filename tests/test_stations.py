@@ -1,5 +1,7 @@
 import re
+from contextlib import redirect_stdout
 from importlib import import_module
+from io import StringIO
 from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +12,7 @@ from ease import __main__, stations
 from ease.batching import encode_record, held_out_loss
 from ease.loading import load_tokenizer, load_trainable, pick_place
 from ease.method import ROLES
-from ease.records import UserError, read_jsonl
+from ease.records import UserError, read_jsonl, read_responses
 from ease.stations import ROWS, STATIONS, trace_example
 from ease.tokenizer_files import read_json
 from tests.checks import close, verify
@@ -23,9 +25,6 @@ def test_watch():
 @pytest.fixture(scope="module")
 def traced(runs):
     """What is printed, row by row; the runs are as before."""
-    from contextlib import redirect_stdout
-    from io import StringIO
-
     def files():
         return {p: p.stat().st_mtime_ns for p in runs.out.rglob("*")}
 
@@ -44,10 +43,10 @@ def test_every_station_is_there(traced, runs):
         for module, function in found:
             assert callable(attrgetter(function)(import_module(module.replace("/", "."))))
         script = read_json(runs.out / name / "manifest.json")["script"][:-3]
-        judges = 2  # of the recipe's three
         wanted = STATIONS[script].split()
-        wanted.remove("note_verdicts") if name == "test" else None
-        assert sorted(f for _, f in found) == sorted(wanted), (name, judges)
+        if name == "test":
+            wanted.remove("note_verdicts")  # two judges here, three in the recipe
+        assert sorted(f for _, f in found) == sorted(wanted), name
 
 
 @pytest.mark.parametrize("place", [1, 2, 3, 4])
@@ -73,10 +72,9 @@ def test_the_losses_are_those_of_the_row(traced, runs, place):
 
 
 def test_the_test_row_is_answered_as_in_the_evaluation(traced, runs):
-    from ease.records import read_responses
     [stored, *_] = read_responses(runs.out / "test" / "rows-ease.jsonl")
     text = " ".join(traced[-1].split())
-    assert stored.record.id in text and f"count_tokens: {stored.tokens}" in text
+    assert stored.record.prompt in text and f"count_tokens: {stored.tokens}" in text
     assert close(float(re.search(r"gate=([\w.e-]+),", text)[1]), stored.gate)
 
 
