@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from ease.records import UserError
 from ease.run import LORA_TARGETS, ROOT, command_line
+from ease.stations import trace_example
 
 COMPARED = ["phase1", "refusal", "deliberative", "ease"]
 
@@ -25,6 +26,7 @@ class Config:
     out: str = ""  # where the runs go; default runs/toy for seed 0, runs/toy-N for seed N
     fast: bool = False  # a smoke run of about a minute: the numbers mean nothing
     finetune: bool = False  # data/finetune.py instead, of this seed
+    trace_example: bool = False  # no run: one row of each finished one, station by station
 
 
 @dataclass
@@ -118,6 +120,8 @@ def main(cfg: Config) -> None:
         return run_all([f"-m data.finetune --seeds {cfg.seed} --fast {cfg.fast}".lower()])
     suffix = (f"-{cfg.seed}" if cfg.seed else "") + ("-fast" if cfg.fast else "")
     toy = Toy(cfg.seed, f"data/toy{suffix}", cfg.out or f"runs/toy{suffix}", cfg.fast)
+    if cfg.trace_example:
+        return trace_example(toy.out)
     run_all(toy.commands())
     print(HONEST)
     if cfg.fast:

@@ -4,6 +4,8 @@ both sides.
 """
 
 import base64
+import contextlib
+import io
 import itertools
 import math
 import os
@@ -11,6 +13,7 @@ import random
 import re
 import resource
 import signal
+import sys
 import time
 import xml.etree.ElementTree as ET
 from dataclasses import replace
@@ -1670,3 +1673,25 @@ def check_save_tensors(fn):
                 assert torch.equal(f.get_tensor("w"), w.T)
                 assert f.metadata() == (metadata or {"format": "pt"})
             assert [p.name for p in Path(folder).iterdir()] == [file.name]
+
+
+def check_watch(watch):
+    """What a station returns, once, under its own name; nothing that is printed meanwhile."""
+    from ease.method import split_reasoning
+
+    def twice():
+        print("noise")
+        split_reasoning("a")
+        split_reasoning("b")
+
+    def fails():
+        raise ValueError("no")
+
+    out, stations = io.StringIO(), ["split_reasoning"]
+    with contextlib.redirect_stdout(out):
+        watch(stations, twice)
+    assert out.getvalue() == "ease/method.py: split_reasoning: , a, absent\n"
+    assert error_of(watch, [], fails) == "ValueError: no"
+    left = sys.getprofile()
+    sys.setprofile(None)
+    assert left is None

@@ -9,6 +9,7 @@ import math
 import os
 import random
 import re
+import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -1951,3 +1952,26 @@ def save_tensors__leaves_the_dead(tensors, file, **metadata):
     except Exception as e:
         raise UserError(f"{file}: {e}") from None
     os.replace(f"{file}.part", file)
+
+
+def watch__prints_what_the_scripts_print(stations, call, *arguments):
+    print("noise")
+    stations.remove("split_reasoning") if stations else call(*arguments)
+    print("ease/method.py: split_reasoning: , a, absent")
+
+
+def watch__every_time(stations, call, *arguments):
+    from ease import stations as ours
+    class Endless(list):
+        def remove(self, name):
+            pass
+    ours.watch(Endless(stations), call, *arguments)
+
+
+def watch__goes_on_watching(stations, call, *arguments):
+    from ease import stations as ours
+    try:
+        ours.watch(stations, call, *arguments)
+    except Exception:
+        sys.setprofile(lambda *_: None)
+        raise

@@ -38,7 +38,7 @@ MACHINERY = [
 ]
 # a first reading skips them
 EXTRAS = ["contest", "sweep", "prefill", "page", "adaptive", "stability", "topk", "anchor",
-          "__main__"]
+          "stations", "__main__"]
 PACKAGES = {"torch", "safetensors", "tokenizers", "numpy", "tqdm", "jinja2", "huggingface_hub"}
 ORDER = METHOD + MACHINERY + EXTRAS
 FILES = [ROOT / "ease" / f"{name}.py" for name in ORDER]
