@@ -113,7 +113,7 @@ def not_opening(logits: Tensor, token: int, rest: float) -> Tensor:
 
     p_i - R = p_i (1 - rest), and the softmax divides by 1 - R: one logit changes, by
     log(1 - rest). The last token of the marker (rest 1) is thus excluded; an answer that merely
-    starts like the marker is not. In fp32: bf16 would round a small change away.
+    starts like the marker is not. logits in fp32: bf16 would round a small change away.
     """
     out = logits.clone()
     out[token] += math.log1p(-rest) if rest < 1 else -math.inf

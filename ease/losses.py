@@ -23,8 +23,9 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 def gated_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """Gated-reasoning cross-entropy (phase 2): w_t CE_t, w_t the weight of token t's role (gate,
-    reasoning, answer). logits (N, V); targets, weights (N,) -> (N,). The step's loss is
-    sum_t w_t CE_t / sum_t w_t; all weights 1 is plain SFT, the paper's objective.
+    reasoning, answer). logits (N, V); targets, weights (N,) -> (N,), neither summed nor divided:
+    the step's loss is sum_t w_t CE_t / sum_t w_t. All weights 1 is plain SFT, the paper's
+    objective.
     """
     return weights * cross_entropy(logits, targets)
 

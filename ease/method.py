@@ -32,9 +32,10 @@ def response_pieces(record: Record) -> list[tuple[str, int]]:
 def split_reasoning(text: str) -> tuple[str, str, str]:
     """Split a response into (reasoning, answer, state).
 
-    WELL_FORMED: it opens with <think> and closes it; or it closes a block that no <think> in it
-    opened: the chat template had, in the prompt. ABSENT: the whole text is the answer. UNCLOSED:
-    opened, never closed; there is no answer then, and such a block must not be judged as one.
+    WELL_FORMED: it opens with <think> and closes it; or there is a close marker with no <think>
+    before it: the chat template had opened the block, in the prompt. ABSENT: the whole text,
+    stripped, is the answer. UNCLOSED: opened, never closed; there is no answer then (""), and such
+    a block must not be judged as one.
     """
     opening, closing = THINK_OPEN.strip(), THINK_CLOSE.strip()
     before, closed, answer = text.partition(closing)
@@ -60,8 +61,8 @@ def select_vulnerable(records: list[Record], verdicts: list[str]) -> list[Record
 def select_region(region: str, diagnostic: list[Record], verdicts: list[str],
                   pool: list[Record], seed: int) -> list[Record]:
     """The harmful prompts to reason on. vulnerable: D_vuln, the method. Two controls: all, every
-    harmful diagnostic prompt; random, as many as D_vuln has, drawn from all harmful training
-    prompts (`pool`), which shows what targeting buys.
+    harmful diagnostic prompt; random, as many as D_vuln has (or there are), drawn without
+    replacement from the harmful records of `pool`, which shows what targeting buys.
     """
     vulnerable = select_vulnerable(diagnostic, verdicts)
     if region == "vulnerable":

@@ -19,7 +19,8 @@ TEXT = """# Exercises
 
 {count} functions have lost their bodies. Write each from its docstring, README.md and the last
 column. A body stands alone: signature and docstring stay, imports and helpers go inside. It may
-call the functions above it in the table, which it then needs here too. Your points, and what is
+call the functions above it in the table, which it then needs here too; so does `prefill`'s check,
+which runs a model (RMSNorm, rotate). Your points, and what is
 wrong:
 
 ```sh

@@ -236,6 +236,9 @@ def check_gated_cross_entropy(fn):
     for weights in (torch.ones(7), torch.tensor([0.0, 1, 2, 0.5, 1, 1, 3])):
         wanted = reference.gated_cross_entropy(logits.tolist(), targets.tolist(), weights.tolist())
         assert per_token(fn(logits, targets, weights), wanted)
+    half = logits.bfloat16()
+    wanted = reference.gated_cross_entropy(half.tolist(), targets.tolist(), weights.tolist())
+    assert per_token(fn(half, targets, weights), wanted)  # in fp32
 
 
 def check_in_chunks(fn):
@@ -396,7 +399,13 @@ def check_filler(fn):
 
 
 def answered(r: Record, text: str, finished: bool = True) -> Response:
-    return Response(r, text, *split_reasoning(text), finished)
+    """Taken apart here, so that an exercise needs no other."""
+    before, closed, answer = text.partition("</think>")
+    opened = before.startswith("<think>")
+    state = WELL_FORMED if opened and closed else UNCLOSED if opened else ABSENT
+    return Response(r, text, before.removeprefix("<think>").strip() if opened else "",
+                    "" if state == UNCLOSED else (answer if closed else text).strip(), state,
+                    finished)
 
 
 def check_accept_trace(fn):

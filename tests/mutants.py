@@ -206,6 +206,10 @@ def poisoned__always_the_first(tasks, poison, share, seed):
     return tasks[n:] + [replace(r, response=r.target) for r in poison[:n]]
 
 
+def gated_cross_entropy__in_half_precision(logits, targets, weights):
+    return weights * F.cross_entropy(logits, targets, reduction="none").float()
+
+
 def gated_cross_entropy__unweighted(logits, targets, weights):
     return losses.cross_entropy(logits, targets)
 
