@@ -64,9 +64,9 @@ EXERCISES = [  # in the paper's order; a check needs no function below its own
              "close counts; markers are `<think>` and `</think>`, with any white space around."),
     Exercise("accept_trace", "policies", "Phase 1.2", 8, 40, "The first that holds: 'cut off'; "
              "'think block unclosed'; 'no think block'; 'empty reasoning'; 'empty answer'; "
-             "'repetition loop' (is_loop of the text); 'names no category and no rule' (by cites, where "
-             "it has categories other than BENIGN); 'harmful request, answer judged VERDICT' (all but SAFE); "
-             "'benign request refused'."),
+             "'repetition loop' (is_loop of the text); 'names no category and no rule' (by "
+             "cites, where it has categories other than BENIGN); 'harmful request, answer judged "
+             "VERDICT' (all but SAFE); 'benign request refused'."),
     Exercise("cross_entropy", "losses", "Phase 1.3", 4, 10, "Computed in fp32."),
     Exercise("kl_divergence", "losses", "Phase 1.3", 8, 40),
     Exercise("topk_kl", "losses", "Phase 1.3", 8, 50, "At k = V the gradient is the full KL's."),
@@ -78,7 +78,8 @@ EXERCISES = [  # in the paper's order; a check needs no function below its own
     Exercise("rotate", "model", "The model", 6, 30, "cos, sin: see rope_tables. x stays."),
     Exercise("LoRALinear.forward", "lora", "The model", 6, 30, "x has the dtype of weight."),
     Exercise("prefill", "generate", "The gate", 7, 40, "See CausalLM.last_logits. prompts stay."),
-    Exercise("not_opening", "generate", "The gate", 8, 45, "The caller's logits stay; log(0) raises."),
+    Exercise("not_opening", "generate", "The gate", 8, 45, "The caller's logits stay; log(0) "
+             "raises."),
     Exercise("wilson_interval", "scoring", "Results", 5, 20),
     Exercise("overhead_reduction", "scoring", "Results", 7, 45, "Keys: value, low, high, n "
              "(prompts), raw. x_g, y_g: sums over group g of tok - tok_refusal and of "
