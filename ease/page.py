@@ -184,6 +184,7 @@ def html_report(summary: dict, by_system: dict[str, list[Response]], judge: str)
     return (f"{HEAD}<p>ASR by {shown(judge)}; {shown(summary['settings']['decoding'])}.</p>\n"
             f"{section('At a glance', glance_rows(summary))}<p>{LEGEND}</p>\n"
             f"{tradeoff(summary, by_system, judge)}{prefilled(summary.get('prefill', []))}"
+            f"{section('A suffix that adapts', summary.get('search', []))}"
             f"{section(*utility_rows(summary))}"
             "<h2>Gate probabilities</h2>\n<p>Of opening a think block, by the gate sweep's "
             f'thresholds.</p>\n<div class="grid">{gates}</div>\n{examples(by_system, judge)}'

@@ -63,6 +63,7 @@ def test_the_flag(cfg, tmp_path, monkeypatch):
     assert [(x["system"], x["goal"], x["judge"]) for x in summary["search"]] == [
         (name, goal, "xstest") for name in ("base", "ease") for goal in GOALS]
     assert "## A suffix that adapts" in (tmp_path / "t/report.md").read_text()
+    assert "A suffix that adapts</h2>" in (tmp_path / "t/report.html").read_text()
     rows, [asked] = stages(cfg), read_named(*cfg.prompts)
     for name, lines in rows.items():
         kind = GOALS[name.rpartition("-")[2]]
