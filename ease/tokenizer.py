@@ -24,7 +24,7 @@ LONGEST = 2_000_000  # characters; a template that writes more does not come to 
 
 @contextmanager
 def bounded():
-    """Within it a template, which is a program, has a second and 200 MB (on Linux)."""
+    """Within it a template, which is a program, has a second and 64 MB (on Linux)."""
     if sys.platform != "linux" or threading.current_thread() != threading.main_thread():
         return (yield)
     import resource
@@ -34,7 +34,7 @@ def bounded():
 
     pages, memory = Path("/proc/self/statm").read_text().split()[0], resource.RLIMIT_AS
     soft, hard = resource.getrlimit(memory)
-    most = min(int(pages) * resource.getpagesize() + 2 * 10**8, hard % 2**63)
+    most = min(int(pages) * resource.getpagesize() + 2**26, hard % 2**63)
     before = signal.signal(signal.SIGALRM, stop)
     resource.setrlimit(memory, (most, hard))
     signal.setitimer(signal.ITIMER_REAL, 1)
