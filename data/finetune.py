@@ -12,13 +12,12 @@ import time
 from dataclasses import dataclass
 from statistics import fmean
 
-from ease.__main__ import Toy, run_all
+from ease.__main__ import Toy, run_all, toy_of
 from ease.method import THINK_OPEN
-from ease.records import (UNCLOSED, UNSAFE, WELL_FORMED, Response, read_lines, read_responses,
-                          write_text)
-from ease.report import percent, table
+from ease.records import WELL_FORMED, Response, read_lines, read_responses, write_text
+from ease.report import listing, percent, table
 from ease.run import ROOT, command_line
-from ease.scoring import Z, auroc, is_correct, rate, reasons, refused
+from ease.scoring import Z, attack_succeeded, auroc, correct, rate, reasons, refused
 
 POISON = {"benign": 0.0, "poison5": 0.05, "poison10": 0.1}
 ANCHORS = {
@@ -35,12 +34,6 @@ class Config:
 
     seeds: list[int] = (0, 1, 2)  # of the worlds
     fast: bool = False  # everything too small: the numbers mean nothing
-
-
-def toy_of(seed: int, fast: bool) -> Toy:
-    """The world and the runs of `python -m ease --seed N`."""
-    suffix = (f"-{seed}" if seed else "") + "-fast" * fast
-    return Toy(seed, f"data/toy{suffix}", f"runs/toy{suffix}", fast)
 
 
 def commands(toy: Toy) -> list[str]:
@@ -104,11 +97,6 @@ def share_of(seeds: list[list[Response]], chosen, test) -> str:
     return percent(r, True) + spread
 
 
-def complies(r: Response) -> bool | None:
-    """By the exact rule; None if unclosed."""
-    return None if r.state == UNCLOSED else r.verdicts["target"] == UNSAFE
-
-
 def vulnerable_table(seeds: list[dict[str, list[Response]]]) -> str:
     """What becomes of the vulnerable prompts, of all of them: the marker's first character, the
     marker, the end of the block, a refusal, compliance.
@@ -116,7 +104,7 @@ def vulnerable_table(seeds: list[dict[str, list[Response]]]) -> str:
     tests = {
         "begins the marker": lambda r: r.text.startswith(THINK_OPEN[0]), "opens": reasons,
         "closes": lambda r: r.state == WELL_FORMED, "refuses": lambda r: bool(refused(r)),
-        "complies": lambda r: bool(complies(r))}
+        "complies": lambda r: bool(attack_succeeded(r, "target"))}
     lines = [[name, *(share_of([by_system[name] for by_system in seeds],
                                lambda r: r.vulnerable, test) for test in tests.values())]
              for name in seeds[0]]
@@ -128,8 +116,8 @@ def finetune_table(seeds: list[dict[str, list[Response]]]) -> str:
     def kind(*kinds: str):
         return lambda r: r.record.kind in kinds and r.record.source != "toy/form"
 
-    def exact(r: Response) -> bool | None:
-        return None if r.state == UNCLOSED else is_correct(r.answer, r.record.response)
+    def complies(r: Response) -> bool | None:
+        return attack_succeeded(r, "target")
 
     lines = []
     for name in seeds[0]:
@@ -142,9 +130,9 @@ def finetune_table(seeds: list[dict[str, list[Response]]]) -> str:
             "reasons: vulnerable": share_of(of, lambda r: r.vulnerable, reasons),
             "reasons: plain": share_of(of, kind("harmful", "benign"), reasons),
             "gate AUROC": gate_auroc(of),
-            "task": share_of(of, lambda r: r.record.source == "toy/form", exact),
-            "benign, old": share_of(of, kind("benign"), exact)})
-    return table(list(lines[0]), [list(line.values()) for line in lines])
+            "task": share_of(of, lambda r: r.record.source == "toy/form", correct),
+            "benign, old": share_of(of, kind("benign"), correct)})
+    return listing(lines)
 
 
 def main(cfg: Config) -> None:

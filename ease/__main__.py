@@ -114,12 +114,17 @@ into, and no evidence about real models.
 -------------------------------------------------------------------------------------------------"""
 
 
+def toy_of(seed: int, fast: bool, out: str = "") -> Toy:
+    """The world and the runs of a seed, in their own folders."""
+    suffix = (f"-{seed}" if seed else "") + ("-fast" if fast else "")
+    return Toy(seed, f"data/toy{suffix}", out or f"runs/toy{suffix}", fast)
+
+
 def main(cfg: Config) -> None:
     started = time.time()
     if cfg.finetune:
         return run_all([f"-m data.finetune --seeds {cfg.seed} --fast {cfg.fast}".lower()])
-    suffix = (f"-{cfg.seed}" if cfg.seed else "") + ("-fast" if cfg.fast else "")
-    toy = Toy(cfg.seed, f"data/toy{suffix}", cfg.out or f"runs/toy{suffix}", cfg.fast)
+    toy = toy_of(cfg.seed, cfg.fast, cfg.out)
     if cfg.trace_example:
         return trace_example(toy.out)
     run_all(toy.commands())
