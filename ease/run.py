@@ -202,7 +202,7 @@ def open_run(cfg: RunFlags, inputs: list[str], place: tuple[torch.dtype, str]) -
             raise UserError(f"{p}: no such file or folder")
     run, file, script = Path(cfg.out), Path(cfg.out, "manifest.json"), script_of(cfg)
     if not (run / "done").exists():
-        hold(run)
+        hold(run)  # who held it before may have finished it meanwhile
     finished = (run / "done").exists()
     git = subprocess.run("git rev-parse HEAD", shell=True, cwd=ROOT, capture_output=True, text=True,
                          check=False)  # in a shell: no error where there is no git

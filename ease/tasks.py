@@ -87,7 +87,7 @@ def read_items(task: str, files: list[tuple[str, str]], limit: int = 0) -> list[
         for row in rows:
             try:
                 item = question(task, row)
-                "".join([item.context, *(item.choices or [item.gold])]).encode()
+                "".join([item.context, *(item.choices or [item.gold])]).encode()  # or no text
                 yield item
             except (KeyError, TypeError, ValueError, AttributeError):
                 raise UserError(f"{row.where}: {task} needs {columns}") from None
