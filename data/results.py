@@ -4,11 +4,12 @@
     python -m data.results --out data/results/qwen
 
 The first writes, the second needs these files alone: it computes the numbers again from the rows,
-compares them with summary.json and prints them by set of prompts.
+compares them with summary.json and prints them by set of prompts. Not computed again: seconds,
+memory, what a system was trained on.
 summary.json   the run's, with its flags
-rows.csv       a line a system and prompt; `answer` is "sorry" if it refuses (by the xstest list),
-               "exact" if it is the reference answer, else empty; gates to six digits. Answers
-               begun for a system (--prefill) or forced (--gate_sweep) are further systems
+rows.csv       a line a system and prompt; refused: by the xstest list; exact: the answer is the
+               reference answer ("no" too: it is not; "": there is none); gates to nine digits.
+               Answers begun for a system (--prefill) or forced (--gate_sweep) are further systems
 more.jsonl     a line a suffix looked for (--search), or a question (--tasks)
 No prompt, completion or suffix is in them.
 """
@@ -17,6 +18,7 @@ import csv
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -26,22 +28,24 @@ from statistics import fmean
 import torch
 
 from ease.adaptive import search_table
-from ease.judge import load_judge, note_verdicts
+from ease.judge import judge_model, load_judge, note_verdicts
 from ease.prefill import WHERE, prefill_table
 from ease.readers import read_rows
-from ease.records import (UNCLOSED, Record, Response, UserError, read_lines, read_responses,
-                          write_jsonl, write_text)
+from ease.records import (UNCLOSED, Record, Response, UserError, digest, read_lines,
+                          read_responses, write_jsonl, write_text)
 from ease.report import section
 from ease.run import command_line
-from ease.scoring import (agreement, attack_succeeded, breakdown, correct,
+from ease.scoring import (agreement, attack_succeeded, auroc, breakdown, correct,
                           mark_vulnerable, over_refusal, reasons, reductions, refused, share,
                           summarise)
 from ease.sweep import sweep
+from ease.systems import OUTPUTS
 from ease.tasks import utility
 from ease.tokenizer_files import read_json
 
 PARTS = ("reasoning", "answer")
-TEXTS = {"text", "suffix", "gold", "log_p"}  # of searches and tasks; not published
+# What is kept of a search's and a task's row: no text
+KEPT = ("id", "group", "evaluations", "answers", "success", "reasons", "gate", "score", "scores")
 BARE = ["direct", 0]  # nothing is written for the model: its rows are those of rows.jsonl
 
 
@@ -55,26 +59,33 @@ class Config:
 
 def published(response: Response) -> dict:
     """A line of rows.csv."""
-    record = response.record
-    known = bool(record.response) and not record.harmful
-    answer = "sorry" if refused(response) else "exact" if known and correct(response) else ""
+    record, exact = response.record, ""
+    if record.response and not record.harmful:
+        exact = "yes" if correct(response) else "no"
     return {"id": record.id, "kind": record.kind, "source": record.source, "attack": record.attack,
-            "group": record.group, "expected": "exact" * known, "answer": answer,
-            "state": response.state, "opened": "yes" * response.opened,
-            "gate": "" if math.isnan(response.gate) else f"{response.gate:.6g}",
+            "group": digest(record.group), "refused": "yes" * bool(refused(response)),
+            "exact": exact, "state": response.state, "opened": "yes" * response.opened,
+            "gate": "" if math.isnan(response.gate) else f"{response.gate:.9g}",
             **{f"{part} tokens": response.tokens[part] for part in PARTS},
             **{f"by {judge}": verdict for judge, verdict in response.verdicts.items()}}
 
 
-def restored(row: dict) -> Response:
-    """The inverse, without the texts."""
-    record = Record(row["id"], row["id"], row["kind"], row["expected"], source=row["source"],
-                    group=row["group"], attack=row["attack"])
-    tokens = {part: int(row[f"{part} tokens"]) for part in PARTS}
-    verdicts = {name[3:]: v for name, v in row.items() if name.startswith("by ") and v}
-    return Response(record, "", "", row["answer"], row["state"], opened=bool(row["opened"]),
-                    gate=float(row["gate"] or "nan"), verdicts=verdicts,
-                    tokens={**tokens, "total": sum(tokens.values())})
+def restored(row: dict, where: str) -> Response:
+    """The inverse, without the texts: an answer is "sorry", or nothing; the reference is this
+    answer or another one.
+    """
+    try:
+        answer = "sorry" * (row["refused"] == "yes")
+        expected = {"yes": answer or "-", "no": "another", "": ""}[row["exact"]]
+        record = Record(row["id"], row["id"], row["kind"], expected, source=row["source"],
+                        group=row["group"], attack=row["attack"])
+        tokens = {part: int(row[f"{part} tokens"]) for part in PARTS}
+        verdicts = {name[3:]: v for name, v in row.items() if name.startswith("by ") and v}
+        return Response(record, "", "", answer or "-", row["state"], opened=bool(row["opened"]),
+                        gate=float(row["gate"] or "nan"), verdicts=verdicts,
+                        tokens={**tokens, "total": sum(tokens.values())})
+    except (KeyError, ValueError) as e:
+        raise UserError(f"{where}: no row as today's code writes it: {e}") from None
 
 
 def list_of(summary: dict) -> str:
@@ -87,7 +98,9 @@ def stages(summary: dict) -> Iterator[tuple[str, tuple]]:
     names them.
     """
     flags = summary["flags"]
-    for name in summary["systems"]:
+    for name, system in summary["systems"].items():
+        if system["model"].startswith(OUTPUTS):  # nothing more can be asked of it
+            continue
         for where, k in product(WHERE, flags["prefill"]):
             yield f"rows-{name}+{where.replace(' ', '-')}-{k}", ("begun", name, where, k)
         for goal in flags["search_goal"] if flags["search"] else ():
@@ -100,90 +113,103 @@ def stages(summary: dict) -> Iterator[tuple[str, tuple]]:
 
 def publish(run: Path, out: Path) -> None:
     """Every file of `out`, from a finished run."""
-    if not (run / "done").exists():
-        raise UserError(f"{run}: no finished run of evaluate.py")
-    summary = read_json(run / "summary.json")
+    if not (run / "done").exists() or out.resolve() == run.resolve():
+        raise UserError(f"--run {run}: no finished run of evaluate.py, or --out itself")
+    summary, rows, more = read_json(run / "summary.json"), [], []
     summary["flags"] = read_json(run / "manifest.json")["config"]
-    names = [row["system"] for _, row in read_lines(run / "rows.jsonl")]
-    rows = [{"system": name, **published(response)} for name, response in
-            zip(names, read_responses(run / "rows.jsonl"), strict=True)]
-    more = []
+    if (run / "rows.jsonl").stat().st_size:  # --tasks alone has none
+        names = [row["system"] for _, row in read_lines(run / "rows.jsonl")]
+        rows = [{"system": name, **published(response)} for name, response in
+                zip(names, read_responses(run / "rows.jsonl"), strict=True)]
     for stage, (what, *of) in stages(summary):
         if what in ("search", "task"):
-            more += [{"stage": stage} | {k: v for k, v in row.items() if k not in TEXTS}
-                     for _, row in read_lines(run / f"{stage}.jsonl")]
+            for _, row in read_lines(run / f"{stage}.jsonl"):
+                more.append({"stage": stage} | {k: row[k] for k in KEPT if k in row})
+                if what == "search":
+                    more[-1]["group"] = digest(row["group"])
         elif of[1:] != BARE:
-            responses = read_responses(run / f"{stage}.jsonl")
             judge = list_of(summary) if what == "begun" else summary["settings"]["judges"][0]
+            if judge_model(judge):
+                raise UserError(f"{run}: {stage} has no verdicts, and {judge} is no list")
+            responses = read_responses(run / f"{stage}.jsonl")
             note_verdicts(load_judge(judge, torch.float32, "cpu"), judge, responses)
             rows += [{"system": stage, **published(response)} for response in responses]
-    summary["published rows"] = [len(rows), len(more)]
-    if rows:  # --tasks alone has none
-        table = io.StringIO()
-        writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_text(out / "rows.csv", table.getvalue())
-    if more:
-        write_jsonl(out / "more.jsonl", more)
+    summary["published rows"] = dict(Counter(
+        [row["system"] for row in rows] + [row["stage"] for row in more]))
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(out / "rows.csv", table.getvalue())
+    write_jsonl(out / "more.jsonl", more)
     write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
 def again(out: Path, summary: dict) -> tuple[dict, dict[str, list[Response]]]:
-    """(summary.json's numbers, the responses by system), from the rows alone. Without seconds,
-    memory and what a system was trained on.
-    """
+    """(summary.json's numbers, the responses by system), from the rows alone."""
     flags, [first, *others] = summary["flags"], summary["settings"]["judges"]
     found, more = {}, {}
-    if (out / "rows.csv").exists():
+    if (out / "rows.csv").read_text(encoding="utf-8").strip():
         for row in read_rows(out / "rows.csv"):
-            found.setdefault(row["system"], []).append(restored(row.columns))
-    if (out / "more.jsonl").exists():
+            found.setdefault(row["system"], []).append(restored(row.columns, row.where))
+    if (out / "more.jsonl").stat().st_size:
         for _, row in read_lines(out / "more.jsonl"):
             more.setdefault(row["stage"], []).append(row)
-    n = [sum(map(len, rows.values())) for rows in (found, more)]
+    n = {name: len(rows) for name, rows in (found | more).items()}
     if n != summary["published rows"]:
         raise UserError(f"{out}: rows.csv and more.jsonl have {n} rows, not "
                         f"{summary['published rows']}")
     by_system = {name: found.get(name, []) for name in summary["systems"]}
     everyone = [r for responses in by_system.values() for r in responses]
+    systems = {name: {} for name in by_system}
     if flags["base_system"]:
         mark_vulnerable(by_system, flags["base_system"], first)
+        for name, rows in by_system.items():
+            gates = {v: [r.gate for r in rows if r.vulnerable is v and not math.isnan(r.gate)]
+                     for v in (True, False)}
+            systems[name]["gate_auroc"] = auroc(gates[True], gates[False])
+    for name, rows in by_system.items():
+        systems[name]["kinds"] = kinds = summarise(rows)
+        for kind in kinds.values():
+            del kind["seconds_per_prompt"]
     numbers = {
-        "systems": {name: {"kinds": summarise(found)} for name, found in by_system.items()},
-        "overhead_reduction": reductions(by_system, flags["refusal_system"],
-                                         flags["deliberative_system"]),
+        "systems": systems, "overhead_reduction": reductions(
+            by_system, flags["refusal_system"], flags["deliberative_system"]),
         "breakdown": breakdown(by_system, first, set()), "over_refusal": over_refusal(by_system),
-        "agreement": {other: agreement(everyone, first, other) for other in others}}
-    begun, looked_for, tasks, forced = {}, {}, {}, []
+        "agreement": {other: agreement(everyone, first, other) for other in others},
+        **extras(summary, found, more)}
+    return json.loads(json.dumps(numbers, default=asdict)), by_system
+
+
+def extras(summary: dict, found: dict[str, list[Response]], more: dict[str, list[dict]]) -> dict:
+    """The tables of --prefill, --search, --tasks and --gate_sweep."""
+    begun, searched, tasks, forced, out = {}, {}, {}, [], {}
+    by_system = {name: found.get(name, []) for name in summary["systems"]}
     for stage, (what, *of) in stages(summary):
         if what == "begun":
             begun[tuple(of)] = found[stage] if of[1:] != BARE else [
                 r for r in by_system[of[0]] if r.record.harmful]
         elif what == "search":
-            looked_for[tuple(of)] = more[stage]
+            searched[tuple(of)] = more[stage]
         elif what == "task":
             tasks.setdefault(of[0], {})[of[1]] = more[stage]
         else:
             forced.append(found[stage])
     if begun:
-        numbers["prefill"] = prefill_table(begun, list_of(summary))
-    if looked_for:
-        numbers["search"] = search_table(looked_for, list_of(summary), flags["search"])
+        out["prefill"] = prefill_table(begun, list_of(summary))
+    if searched:
+        out["search"] = search_table(searched, list_of(summary), summary["flags"]["search"])
     if tasks:
-        numbers["utility"] = {"lines": utility(tasks, summary["utility"]["base"])}
+        out["utility"] = {"lines": utility(tasks, summary["utility"]["base"])}
     if forced:
-        numbers["gate"] = sweep(flags["gate_sweep"], *forced, by_system, first,
-                                flags["token_budget"])
-    for system in numbers["systems"].values():
-        for kind in system["kinds"].values():
-            del kind["seconds_per_prompt"]
-    return json.loads(json.dumps(numbers, default=asdict)), by_system
+        flags, first = summary["flags"], summary["settings"]["judges"][0]
+        out["gate"] = sweep(flags["gate_sweep"], *forced, by_system, first, flags["token_budget"])
+    return out
 
 
 def different(found: object, said: object, where: str) -> Iterator[str]:
-    """The places where two trees of numbers differ by more than rounding (1e-6); what the
-    second has alone is not looked at.
+    """The places where two trees of numbers differ by more than a gate's rounding; what the second
+    has alone is not looked at.
     """
     if isinstance(found, dict) and isinstance(said, dict):
         for key, value in found.items():
@@ -192,7 +218,7 @@ def different(found: object, said: object, where: str) -> Iterator[str]:
         for i, pair in enumerate(zip(found, said)):
             yield from different(*pair, f"{where} {i}")
     elif isinstance(found, float) and isinstance(said, float | int):
-        if not math.isclose(found, said, rel_tol=1e-5, abs_tol=1e-6):
+        if not math.isclose(found, said, rel_tol=1e-5, abs_tol=1e-12):
             yield f"{where} is {found}, not {said}"
     elif found != said:
         yield f"{where} is {found}, not {said}"
@@ -220,11 +246,13 @@ def main(cfg: Config) -> None:
     if cfg.run:
         publish(Path(cfg.run), out)
     summary = read_json(out / "summary.json")
+    if "published rows" not in summary:
+        raise UserError(f"--out {out}: nothing is published there; give --run")
     numbers, by_system = again(out, summary)
     if wrong := [*different(numbers, summary, "summary.json")]:
         raise UserError(f"{out}: the rows give other numbers, first: {wrong[0]}")
     print(section("By set of prompts", by_set(by_system, summary["settings"]["judges"][0])))
-    print(f"{sum(map(len, by_system.values()))} rows give every number of {out}/summary.json again")
+    print(f"{sum(summary['published rows'].values())} rows give the numbers of {out}/summary.json")
 
 
 if __name__ == "__main__":

@@ -58,12 +58,15 @@ def test_no_text_is_published(published):
 
 
 @pytest.mark.parametrize("file, before, after, where", [
-    ("rows.csv", ",safe", ",unsafe", "asr"),
-    ("rows.csv", "sorry,absent", ",absent", "refusal_rate"),
-    ("rows.csv", "exact,,", "exact,exact,", "accuracy"),
+    ("rows.csv", ",safe", ",unsafe", "first: .*asr"),
+    ("rows.csv", ",yes,,absent", ",,,absent", "first: .*refusal_rate"),
+    ("rows.csv", ",no,absent", ",yes,absent", "first: .*accuracy"),
+    ("rows.csv", r"(?m)^(ease,.*absent,,)[^,]*", r"\g<1>0.5", "first: .*gate"),
     ("rows.csv", r"\n.*\n\Z", "\n", "rows, not"),
-    ("more.jsonl", '"strict": false', '"strict": true', "utility"),
-    ("more.jsonl", r'"answers": \d', '"answers": 9', "search"),
+    ("rows.csv", "\nease,", "\nphase1,", "rows, not"),
+    ("rows.csv", r",\d+,unsafe", ",?,unsafe", r"rows.csv:\d+: no row .*'\?'"),
+    ("more.jsonl", '"strict": false', '"strict": true', "first: .*utility"),
+    ("more.jsonl", r'"answers": \d', '"answers": 9', "first: .*search"),
 ])
 def test_a_changed_row_is_seen(published, tmp_path, file, before, after, where):
     changed = Path(copytree(published[1], tmp_path / "changed")) / file
@@ -79,6 +82,21 @@ def test_what_is_published_here(folder):
     results.main(results.Config(str(folder)))
 
 
-def test_an_unfinished_run(tmp_path):
-    with pytest.raises(UserError, match="no finished run"):
-        results.main(results.Config(str(tmp_path / "out"), str(tmp_path)))
+def test_tasks_alone(published, runs, tmp_path):
+    """No rows, and a file of an earlier publication does not stay."""
+    tasks = f"gsm8k={published[0].parent / 'sums.jsonl'}"
+    evaluate.main(replace(runs.test, out=str(tmp_path / "tasks"), prompts=[], tasks=[tasks],
+                          systems=runs.test.systems[:1], refusal_system="",
+                          deliberative_system="", max_new_tokens=4))
+    copytree(published[1], tmp_path / "out")
+    results.main(results.Config(str(tmp_path / "out"), str(tmp_path / "tasks")))
+    assert not (tmp_path / "out/rows.csv").read_text(encoding="utf-8").strip()
+    assert len((tmp_path / "out/more.jsonl").read_text(encoding="utf-8").splitlines()) == 3
+
+
+def test_mistakes(published, tmp_path):
+    run, out = map(str, published)
+    for flags, words in [((out, str(tmp_path)), "no finished run"), ((run, run), "--out itself"),
+                         ((str(tmp_path / "none"),), "nothing is published"), ((run,), "nothing")]:
+        with pytest.raises(UserError, match=words):
+            results.main(results.Config(*flags))
