@@ -13,7 +13,6 @@
 """
 
 import json
-import math
 import random
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -37,8 +36,8 @@ from ease.records import (Record, Response, UserError, read_lines, read_response
 from ease.report import glance, markdown_report, section, utility_rows
 from ease.respond import respond
 from ease.run import RunFlags, command_line, finish, is_done, log, open_run, peak_memory
-from ease.scoring import (agreement, auroc, breakdown, cost, mark_vulnerable, over_refusal, overlap,
-                          reductions, summarise)
+from ease.scoring import (agreement, breakdown, cost, gate_auroc, mark_vulnerable, over_refusal,
+                          overlap, reductions, summarise)
 from ease.sweep import sweep, sweep_section
 from ease.systems import System, load_system, parse_systems, training_of
 from ease.tasks import Item, measure, read_items, task_files, utility
@@ -227,10 +226,8 @@ def summarise_run(cfg: Config, run: Path, systems: dict[str, System],
                 [r.record.prompt for r in responses], [r.prompt for r in trained_on])
         numbers = {**system._asdict(), "training": training, "kinds": summarise(responses),
                    "cost": cost(responses, alone.get(name, []))}
-        if cfg.base_system:  # does the gate open for the vulnerable prompts?
-            known = [r for r in responses if not math.isnan(r.gate)]
-            numbers["gate_auroc"] = auroc([r.gate for r in known if r.vulnerable],
-                                          [r.gate for r in known if r.vulnerable is False])
+        if cfg.base_system:
+            numbers["gate_auroc"] = gate_auroc(responses)
         summary["systems"][name] = numbers
     return summary
 

@@ -35,7 +35,7 @@ from ease.records import (UNCLOSED, Record, Response, UserError, digest, read_li
                           read_responses, write_jsonl, write_text)
 from ease.report import section
 from ease.run import command_line
-from ease.scoring import (agreement, attack_succeeded, auroc, breakdown, correct,
+from ease.scoring import (agreement, attack_succeeded, breakdown, correct, gate_auroc,
                           mark_vulnerable, over_refusal, reasons, reductions, refused, share,
                           summarise)
 from ease.sweep import sweep
@@ -164,11 +164,9 @@ def again(out: Path, summary: dict) -> tuple[dict, dict[str, list[Response]]]:
     systems = {name: {} for name in by_system}
     if flags["base_system"]:
         mark_vulnerable(by_system, flags["base_system"], first)
-        for name, rows in by_system.items():
-            gates = {v: [r.gate for r in rows if r.vulnerable is v and not math.isnan(r.gate)]
-                     for v in (True, False)}
-            systems[name]["gate_auroc"] = auroc(gates[True], gates[False])
     for name, rows in by_system.items():
+        if flags["base_system"]:
+            systems[name]["gate_auroc"] = gate_auroc(rows)
         systems[name]["kinds"] = kinds = summarise(rows)
         for kind in kinds.values():
             del kind["seconds_per_prompt"]

@@ -391,6 +391,15 @@ def auroc(positive: list[float], negative: list[float]) -> float | None:
     return wins / (len(positive) * len(negative))
 
 
+def gate_auroc(responses: list[Response]) -> float | None:
+    """The auroc of g for vulnerable prompts against the others, where both are known: does the gate
+    open for the vulnerable ones?
+    """
+    known = [r for r in responses if not math.isnan(r.gate)]
+    return auroc([r.gate for r in known if r.vulnerable],
+                 [r.gate for r in known if r.vulnerable is False])
+
+
 def agreement(responses: list[Response], first: str, other: str) -> dict[str, dict[str, int]]:
     """Confusion of two judges on harmful prompts: {verdict of first: {verdict of other: count}}."""
     pairs = [(r.verdicts[first], r.verdicts[other]) for r in responses if r.record.harmful]
